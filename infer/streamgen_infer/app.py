@@ -1,0 +1,193 @@
+"""The commands and their options. Nothing heavy is imported here: `streamgen --help` waits for none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamgen import __version__
+from streamgen.errors import UserError
+from streamgen_infer.interrupts import Interrupts
+from streamgen_infer.stream_command import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
+
+HandOver = Callable[[list[str]], int]
+UsageError = typer.BadParameter.__mro__[2]
+"""ClickException, under whichever name this typer has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the commands need of the process."""
+
+    interrupts: Interrupts
+    hand_over: Mapping[str, HandOver]
+
+
+app = typer.Typer(
+    name="streamgen",
+    help="Text to video that starts at once, never ends and never stalls.",
+    epilog="Exit codes: 0 done, 1 failed, 2 a mistake in what was asked, 130 interrupted (what was made is kept).",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": list[str]()}
+
+
+def run(arguments: Sequence[str], interrupts: Interrupts, hand_over: Mapping[str, HandOver]) -> int:
+    """Run one command; usage errors become UserErrors."""
+    command = typer.main.get_command(app)
+    session = Session(interrupts, hand_over)
+    try:
+        code = command.main(args=list(arguments), prog_name="streamgen", standalone_mode=False, obj=session)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "streamgen"
+        raise UserError(f"{error.format_message().rstrip('.')} (see {where} --help)") from error  # type: ignore[attr-defined]
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    return int(code or 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"streamgen {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise UserError(f"name a command: {', '.join(sorted(context.command.commands))}")  # type: ignore[attr-defined]
+
+
+Model = Annotated[str, typer.Option(help="A shipped model's name, or a model folder.", metavar="DIR|NAME")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps per block; the model's own by default.", metavar="N")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's choice by default.", metavar="N")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this JSON file.", metavar="FILE")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")]
+
+
+@app.command()
+def stream(
+    context: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="What to show.", show_default=False)] = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option(help="A new prompt from this time of the video on; repeatable.", metavar="SECONDS=PROMPT"),
+    ] = None,
+    seconds: Annotated[str, typer.Option(help="Length of the video; inf runs until Ctrl-C.", metavar="N|inf")] = "8",
+    seed: Annotated[int | None, typer.Option(help="Same seed, same video; 0 by default.", metavar="N")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help=".mp4, .webm, .gif or .y4m; no suffix: a folder of PNGs; - : Y4M on stdout. "
+            "By default stream.mp4, or stream-2.mp4 ... if that exists.",
+            metavar="FILE",
+        ),
+    ] = None,
+    model: Model = "sprites",
+    steps: Steps = None,
+    schedule: Annotated[str, typer.Option(help=" | ".join(SCHEDULES))] = "serial",
+    cache: Annotated[str | None, typer.Option(help=" | ".join(CACHES) + "; the first by default")] = None,
+    transition: Annotated[str, typer.Option(help="How a new prompt takes over: " + " | ".join(TRANSITIONS))] = "recache",
+    fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES) + "; auto takes the faster one here")] = "auto",
+    threads: Threads = None,
+    scale: Annotated[int, typer.Option(help="Enlarge the frames so many times.", metavar="N")] = 1,
+    realtime: Annotated[bool, typer.Option("--realtime", help="No faster than the video plays.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.", metavar="FILE")] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Save the stream at its end, to be resumed.", metavar="FILE")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on exactly where a saved stream ended; PROMPT, if given, takes over.", metavar="FILE"),
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+) -> int:
+    """Stream video from a prompt to a file, a folder or a pipe."""
+    from streamgen_infer import stream_command
+
+    options = Options(
+        prompt=prompt,
+        switch=tuple(switch or ()),
+        seconds=seconds,
+        seed=seed,
+        out=out,
+        model=model,
+        steps=steps,
+        schedule=schedule,
+        cache=cache,
+        transition=transition,
+        fps=fps,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        scale=scale,
+        realtime=realtime,
+        report=report,
+        save_state=save_state,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    return stream_command.run(options, context.obj.interrupts)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="sprites | mid | all")] = "all",
+    dtype: Annotated[str, typer.Option(help="fp32 | bf16 | all")] = "all",
+    threads: Annotated[int, typer.Option(help="CPU threads.", metavar="N")] = 1,
+    blocks: Annotated[int | None, typer.Option(help="Blocks to time; 20 of sprites, 3 of mid.", metavar="N")] = None,
+    json: Json = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Time one block of video beside its bare matrix products and attention."""
+    from streamgen_infer import bench as command
+
+    return command.run(
+        context.obj.interrupts,
+        suite=suite,
+        dtype=dtype,
+        threads=threads,
+        blocks=blocks,
+        json=json,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> int:
+    """Say what this machine has, what works, and what to do about what does not."""
+    from streamgen_infer import doctor as command
+
+    return command.run(as_json)
+
+
+@app.command(context_settings=PASSED_ON)
+def train(context: typer.Context) -> int:
+    """Train a model: streamgen train experiment=NAME key=value ..."""
+    return context.obj.hand_over["train"](context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def distill(context: typer.Context) -> int:
+    """Distil a model to few steps: streamgen distill experiment=NAME key=value ..."""
+    return context.obj.hand_over["distill"](context.args)

@@ -1,0 +1,321 @@
+"""`streamgen bench`: the time of one block, beside the time of its bare products and attention in the same run.
+
+Blocks are timed with a full cache, each followed by the bound of the same shapes, so that both see the same machine;
+medians of both. `sprites` is the shipped model with its codec, `mid` a transformer of random weights, 768 wide.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from streamgen import __version__
+from streamgen.cache import CacheSpec, KVCache
+from streamgen.codec import SpritesCodec, SpritesCodecConfig
+from streamgen.errors import UserError
+from streamgen.flow import step_sigmas
+from streamgen.geometry import VideoGeometry
+from streamgen.pipeline import DTYPES, SchedulerConfig, StreamPipeline, to_uint8
+from streamgen.resources import configs_dir, shipped_models
+from streamgen.rollout import Sampling, StreamState, rollout_block
+from streamgen.text import SpritesTextConfig, SpritesTextEncoder
+from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.weights import build_config
+from streamgen_infer import machine
+from streamgen_infer.bound import Bound, decode_shapes, pass_shapes
+from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
+from streamgen_infer.report import check_report, write_report
+from streamgen_infer.sinks import check_place
+
+DEFAULT_BLOCKS = {"sprites": 20, "mid": 3}
+STEPS, SHIFT = 4, 5.0
+PROMPT = "a large red star spinning over a snow background"
+
+
+@dataclass(slots=True, kw_only=True)
+class Case:
+    """What is measured: a transformer, and a codec where there is one."""
+
+    transformer: CausalWanModel
+    codec: Any
+    """None: latents are not decoded."""
+    encode_text: Callable[[], TextContext]
+    geometry: VideoGeometry
+    window_frames: int
+    sink_frames: int
+    sampling: Sampling
+    weights: str
+    """Where the weights come from."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.patch_embedding.weight.dtype
+
+
+def run(
+    interrupts: Interrupts, *, suite: str, dtype: str, threads: int, blocks: int | None, json: Path | None, overwrite: bool
+) -> int:
+    """The command; returns the exit code."""
+    suites = _choice("--suite", suite, tuple(CASES))
+    dtypes = _choice("--dtype", dtype, tuple(DTYPES))
+    for name, value, most in (("--threads", threads, 1024), ("--blocks", blocks, 100_000)):
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"{name} is {value}; it must be 1 to {most}")
+    if json is not None:
+        check_place(json, "--json")
+        check_report(json, "--json", overwrite=overwrite)
+    torch.set_num_threads(threads)
+    results: list[dict[str, Any]] = []
+    with interrupts.deferred() as stop:
+        for name in suites:
+            for kind in dtypes:
+                if stop.requested:
+                    break
+                print(f"measuring {name} in {kind} ...", file=sys.stderr, flush=True)
+                result = measure(CASES[name](DTYPES[kind]), blocks or DEFAULT_BLOCKS[name], stop)
+                if result is not None:
+                    results.append({"suite": name, "dtype": kind, "threads": threads, **result})
+        _print(results)
+        if json is not None:
+            values = {"command": "bench", "version": __version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+            write_report(json, {**values, "environment": environment(), "results": results})
+    return INTERRUPTED if stop.requested else 0
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    if value != "all" and value not in known:
+        raise UserError(f"{option} {value!r} does not exist; there are: {', '.join(known)}, all")
+    return known if value == "all" else (value,)
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "cpu": machine.cpu_name(),
+        "cpu_flags": machine.cpu_flags(),
+        "cores": machine.usable_cores(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+# Cases.
+
+
+def sprites(dtype: torch.dtype) -> Case:
+    """The shipped model, or its configs with random weights while there is none."""
+    shipped = "sprites" in shipped_models()
+    pipe = StreamPipeline.from_pretrained("sprites", dtype=_name(dtype)) if shipped else _random_sprites(dtype)
+    scheduler = pipe.scheduler
+
+    def encode_text() -> TextContext:
+        rows = pipe.text.encode([PROMPT])
+        return pipe.transformer.encode_text(rows[:, None].to(dtype))
+
+    return Case(
+        transformer=pipe.transformer,
+        codec=pipe.codec,
+        encode_text=encode_text,
+        geometry=pipe.geometry,
+        window_frames=scheduler.window_frames,
+        sink_frames=scheduler.sink_frames,
+        sampling=pipe.sampling(scheduler.trained_steps[0]),
+        weights="shipped" if shipped else "random: there is no shipped model",
+    )
+
+
+def mid(dtype: torch.dtype) -> Case:
+    """768 wide, 12 layers, 208 tokens a frame, 3 frames a block, window 12 with sink 3; random weights, no codec."""
+    config = TransformerConfig(
+        dim=768, ffn_dim=3072, num_heads=12, num_layers=12, in_channels=16, out_channels=16, text_dim=512, text_len=64
+    )
+    transformer = _ready(CausalWanModel(config), dtype)
+    text_BGLD = torch.randn(1, 1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return Case(
+        transformer=transformer,
+        codec=None,
+        encode_text=lambda: transformer.encode_text(text_BGLD),
+        geometry=VideoGeometry(height=208, width=256, latent_channels=16),
+        window_frames=12,
+        sink_frames=3,
+        sampling=Sampling(sigmas=step_sigmas(STEPS, SHIFT)),
+        weights="random",
+    )
+
+
+CASES: dict[str, Callable[[torch.dtype], Case]] = {"sprites": sprites, "mid": mid}
+
+
+def _random_sprites(dtype: torch.dtype) -> StreamPipeline:
+    def config(cls: Callable[..., Any], file: str) -> Any:
+        path = configs_dir() / file
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(values, dict), path
+        return build_config(cls, {str(key): value for key, value in values.items()}, str(path))
+
+    transformer = config(TransformerConfig, "model/sprites.yaml")
+    return StreamPipeline(
+        transformer=_ready(CausalWanModel(transformer), dtype),
+        codec=_ready(SpritesCodec(config(SpritesCodecConfig, "codec/sprites.yaml")), dtype),
+        text=_ready(SpritesTextEncoder(config(SpritesTextConfig, "text/sprites.yaml")), torch.float32),
+        geometry=config(VideoGeometry, "data/sprites.yaml"),
+        scheduler=SchedulerConfig(
+            trained_steps=(STEPS,), window_frames=12, sink_frames=3, shift=SHIFT, prediction=transformer.prediction
+        ),
+    )
+
+
+def _ready(module: Any, dtype: torch.dtype) -> Any:
+    return module.eval().requires_grad_(False).to(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+# Measurement.
+
+
+def measure(case: Case, blocks: int, stop: Stop) -> dict[str, Any] | None:
+    """Medians over `blocks` blocks with a full cache; None if a stop came before the first of them."""
+    rolling = _Rolling(case)
+    while rolling.state.cache.fill()[0] < case.window_frames and not stop.requested:
+        rolling.block()
+    rolling.block()  # the first with a full cache still makes its tables
+    bound = _BlockBound(case)
+    bound.run()
+    text_ms = [_timed(case.encode_text) for _ in range(5)]
+    made: list[dict[str, float | list[float]]] = []
+    bounds: list[float] = []
+    while len(made) < blocks and not stop.requested:
+        made.append(rolling.block())
+        bounds.append(_timed(bound.run))
+    if not made:
+        return None
+    block_ms, bound_ms = _median([one["block_ms"] for one in made]), statistics.median(bounds)
+    geometry = case.geometry
+    media_ms = 1000 * geometry.block_pixel_frames(1) / geometry.fps
+    return {
+        "block_ms": block_ms,
+        "bound_ms": bound_ms,
+        "ratio_to_bound": block_ms / bound_ms,
+        "text_ms": statistics.median(text_ms),
+        "denoise_ms": [_median([one["denoise_ms"][step] for one in made]) for step in range(len(case.sampling.sigmas))],  # type: ignore[index]
+        "commit_ms": _median([one["commit_ms"] for one in made]),
+        "decode_ms": _median([one["decode_ms"] for one in made]),
+        "real_time": None if case.codec is None else media_ms / block_ms,
+        "blocks": len(made),
+        "steps": len(case.sampling.sigmas),
+        "codec_included": case.codec is not None,
+        "tokens_per_block": geometry.tokens(geometry.block_frames),
+        "visible_tokens": geometry.tokens(case.window_frames),
+        "parameters": sum(parameter.numel() for parameter in case.transformer.parameters()),
+        "weights": case.weights,
+    }
+
+
+class _Rolling:
+    """A stream of the case that is advanced block by block, with the time of every stage."""
+
+    def __init__(self, case: Case) -> None:
+        config, geometry = case.transformer.config, case.geometry
+        spec = CacheSpec(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            grid_height=geometry.grid_height,
+            grid_width=geometry.grid_width,
+            window_frames=case.window_frames,
+            sink_frames=case.sink_frames,
+            rope_theta=config.rope_theta,
+        )
+        self.case = case
+        self.state = StreamState(geometry=geometry, cache=KVCache(spec, dtype=case.dtype), seeds=(0,))
+        self.text = case.encode_text()
+
+    @torch.no_grad()
+    def block(self) -> dict[str, Any]:
+        laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
+        start = last = time.perf_counter()
+
+        def mark(stage: str) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            laps[stage].append(1000 * (now - last))
+            last = now
+
+        def decode(latents: Tensor) -> None:
+            if self.case.codec is not None:
+                video, self.state.codec = self.case.codec.decode_stream(latents, self.state.codec)
+                to_uint8(video)
+            mark("decode")
+
+        case = self.case
+        rollout_block(case.transformer, self.state, self.text, case.sampling, mark=mark, emit=decode)
+        return {
+            "block_ms": 1000 * (time.perf_counter() - start),
+            "denoise_ms": laps["denoise"],
+            "commit_ms": laps["commit"][0],
+            "decode_ms": laps["decode"][0],
+        }
+
+
+class _BlockBound:
+    """The bound of one block: every step, the commit pass and the decoding."""
+
+    def __init__(self, case: Case) -> None:
+        geometry = case.geometry
+        tokens, visible = geometry.tokens(geometry.block_frames), geometry.tokens(case.window_frames)
+        self.passes = len(case.sampling.sigmas) + 1
+        self.forward = Bound(pass_shapes(case.transformer.config, tokens, visible), case.dtype)
+        self.decode = Bound([], case.dtype)
+        if case.codec is not None:
+            size = (geometry.latent_channels, geometry.latent_height, geometry.latent_width)
+            latents = torch.zeros(1, geometry.block_frames, *size)
+            self.decode = Bound(decode_shapes(case.codec, latents), case.dtype)
+
+    def run(self) -> None:
+        for _ in range(self.passes):
+            self.forward.run()
+        self.decode.run()
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _median(values: list[Any]) -> float:
+    return float(statistics.median(values))
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"time per block, {machine.cpu_name()}, torch {torch.__version__}")
+    for column in ("suite", "dtype", "threads", "block ms", "bound ms", "ratio", "text", "denoise", "commit", "decode", "x real time"):
+        table.add_column(column, justify="left" if column in ("suite", "dtype") else "right")
+    for one in results:
+        steps = " ".join(f"{ms:.1f}" for ms in one["denoise_ms"])
+        speed = "-" if one["real_time"] is None else f"{one['real_time']:.1f}"
+        figures = (f"{one[name]:.2f}" for name in ("block_ms", "bound_ms", "ratio_to_bound", "text_ms"))
+        stages = (steps, f"{one['commit_ms']:.1f}", f"{one['decode_ms']:.1f}", speed)
+        table.add_row(one["suite"], one["dtype"], str(one["threads"]), *figures, *stages)
+    console = Console()
+    console.print(table if results else "nothing was measured")
+    for note in dict.fromkeys(f"{one['suite']}: weights {one['weights']}" for one in results):
+        console.print(note, highlight=False)
+    console.print("bound: the bare matrix products, attention and codec convolutions of the same shapes, in the same run", highlight=False)

@@ -1,0 +1,149 @@
+"""The machine's limit for one pass of the transformer: its matrix products and attentions, and nothing between them.
+
+`pass_shapes` counts from the config what a streaming pass computes; `Bound` runs exactly that on operands of its own, as
+many as the model has weights and cached keys, so that caches are as cold for it as for the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamgen.transformer import TransformerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[m, k] times the transpose of a weight [n, k]."""
+
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """softmax(q k^T) v, head-major."""
+
+    heads: int
+    queries: int
+    keys: int
+    width: int
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.heads * self.queries * self.keys * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A 2-D convolution over [images, channels, height, width]."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    weight: tuple[int, ...]
+    padding: tuple[int, int]
+
+
+Shape = Product | Attention | Convolution
+
+
+def pass_shapes(config: TransformerConfig, tokens: int, visible_tokens: int) -> list[Product | Attention]:
+    """One streaming pass over a block of `tokens` that sees `visible_tokens` keys (its own included), in order.
+
+    One noise level for the whole block; the text's keys and values exist already.
+    """
+    dim, patch = config.dim, math.prod(config.patch)
+
+    def product(k: int, n: int, rows: int = tokens) -> Product:
+        return Product(rows, k, n)
+
+    def attention(keys: int) -> Attention:
+        return Attention(config.num_heads, tokens, keys, config.head_dim)
+
+    shapes: list[Product | Attention] = [
+        product(config.in_channels * patch, dim),
+        product(config.freq_dim, dim, rows=1),
+        product(dim, dim, rows=1),
+        product(dim, 6 * dim, rows=1),
+    ]
+    for _ in range(config.num_layers):
+        shapes += [product(dim, dim)] * 3 + [attention(visible_tokens), product(dim, dim)]
+        shapes += [product(dim, dim), attention(config.text_len), product(dim, dim)]
+        shapes += [product(dim, config.ffn_dim), product(config.ffn_dim, dim)]
+    return [*shapes, product(dim, config.out_channels * patch)]
+
+
+def decode_shapes(codec: Any, latents_BFCHW: Tensor) -> list[Shape]:
+    """The products and convolutions that the codec runs to decode a block of this shape."""
+    found: list[Shape] = []
+
+    def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
+        if isinstance(module, nn.Linear):
+            found.append(Product(x.numel() // x.shape[-1], x.shape[-1], module.out_features))
+        elif isinstance(module, nn.Conv2d):
+            assert module.stride == (1, 1) and module.groups == 1 and not isinstance(module.padding, str), module
+            height, width = module.padding
+            found.append(Convolution(*x.shape, tuple(module.weight.shape), (height, width)))
+
+    hooks = [module.register_forward_pre_hook(seen) for module in codec.modules()]
+    try:
+        with torch.no_grad():
+            codec.decode_stream(latents_BFCHW, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+class Bound:
+    """Runs shapes on operands made beforehand: a weight for each product, keys and values for each attention."""
+
+    def __init__(self, shapes: list[Any], dtype: torch.dtype) -> None:
+        self._inputs: dict[tuple[int, ...], Tensor] = {}
+        self._dtype = dtype
+        self._work = [self._operands(shape) for shape in shapes]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for shape, operands in self._work:
+            match shape:
+                case Product():
+                    F.linear(*operands)
+                case Attention():
+                    F.scaled_dot_product_attention(*operands)
+                case Convolution():
+                    F.conv2d(*operands, padding=shape.padding)
+
+    def _operands(self, shape: Shape) -> tuple[Shape, tuple[Tensor, ...]]:
+        match shape:
+            case Product():
+                return shape, (self._input(shape.m, shape.k), self._new(shape.n, shape.k))
+            case Attention():
+                keys = (1, shape.heads, shape.keys, shape.width)
+                queries = self._input(1, shape.heads, shape.queries, shape.width)
+                return shape, (queries, self._new(*keys), self._new(*keys))
+            case Convolution():
+                image = self._input(shape.images, shape.channels, shape.height, shape.width)
+                return shape, (image, self._new(*shape.weight))
+
+    def _input(self, *size: int) -> Tensor:
+        """Activations of one size share memory, as they do in a model."""
+        if size not in self._inputs:
+            self._inputs[size] = self._new(*size)
+        return self._inputs[size]
+
+    def _new(self, *size: int) -> Tensor:
+        return torch.randn(size).to(self._dtype)

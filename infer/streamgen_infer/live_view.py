@@ -1,0 +1,150 @@
+"""What a person sees while a stream is made: a live line on a terminal, a short line now and then elsewhere.
+
+Everything goes to stderr, so that stdout may carry the video itself.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+REFRESH_S = 0.1
+PLAIN_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Where a stream stands after a block."""
+
+    frames: int
+    media_s: float
+    """Seconds of video made."""
+    block_start_s: float
+    """Where the block just made begins."""
+    total_s: float
+    """Seconds of video asked for; may be inf."""
+    fps: float | None
+    slack_s: float
+    prompt: str
+    cache: tuple[int, int]
+    """Latent frames held, and capacity."""
+    block_ms: float
+    misses: int
+
+    def figures(self) -> str:
+        total = "" if math.isinf(self.total_s) else f" of {self.total_s:.4g}"
+        speed = "" if self.fps is None else f"  {self.fps:.0f} fps"
+        late = f"  {self.misses} late" if self.misses else ""
+        held, capacity = self.cache
+        return (
+            f"{self.media_s:.1f}{total} s  {self.frames} frames{speed}  block {self.block_ms:.0f} ms  "
+            f"slack {self.slack_s:+.1f} s{late}  cache {held}/{capacity}"
+        )
+
+
+class View(Protocol):
+    def note(self, line: str) -> None:
+        """A line that stays."""
+
+    def update(self, status: Status) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Quiet:
+    """Nothing but warnings."""
+
+    def note(self, line: str) -> None:
+        return
+
+    def update(self, status: Status) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class Plain:
+    """For a log or a pipe: a line at each new prompt and every ten seconds."""
+
+    def __init__(self) -> None:
+        self._prompt: str | None = None
+        self._last_s = time.monotonic()
+
+    def note(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def update(self, status: Status) -> None:
+        if status.prompt != self._prompt:
+            self._prompt = status.prompt
+            self.note(f"from {status.block_start_s:.4g} s: {one_line(status.prompt)}")
+        if time.monotonic() - self._last_s >= PLAIN_EVERY_S:
+            self._last_s = time.monotonic()
+            self.note(status.figures())
+
+    def close(self) -> None:
+        return
+
+
+class Live:
+    """For a terminal: a bar, the figures and the prompt, redrawn in place from this thread."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._live = RichLive(console=self._console, auto_refresh=False, transient=True)
+        self._last_s = 0.0
+        self._live.start()
+
+    def note(self, line: str) -> None:
+        self._console.print(line)
+
+    def update(self, status: Status) -> None:
+        if time.monotonic() - self._last_s >= REFRESH_S:
+            self._last_s = time.monotonic()
+            self._live.update(self._drawn(status), refresh=True)
+
+    def _drawn(self, status: Status) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        endless = math.isinf(status.total_s)
+        bar = ProgressBar(
+            total=None if endless else status.total_s,
+            completed=status.media_s,
+            width=min(72, self._console.width),
+            pulse=endless,
+        )
+        lines = (Text(status.figures()), Text(one_line(status.prompt), style="italic"))
+        for line in lines:
+            line.truncate(self._console.width, overflow="ellipsis")
+        return Group(bar, *lines)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def open_view(quiet: bool) -> View:
+    if quiet:
+        return Quiet()
+    return Live() if sys.stderr.isatty() else Plain()
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """Text of any origin for one line of a terminal: no control characters, not too long."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat if len(flat) <= most else flat[: most - 3] + "..."
+
+
+def warn(line: str) -> None:
+    """A warning to the user: one line on stderr."""
+    print(f"streamgen: warning: {one_line(line, 500)}", file=sys.stderr, flush=True)

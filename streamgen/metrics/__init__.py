@@ -1,0 +1,1 @@
+"""Figures of merit of generated video: pure functions from frames to numbers."""

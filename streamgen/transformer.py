@@ -1,0 +1,329 @@
+"""The block-causal video transformer: Wan's, with per-frame timesteps (arXiv 2503.20314; CausVid, arXiv 2412.07772).
+
+One class serves three uses; only mask and cache differ:
+    bidirectional     model(latents, timestep, text, rope=rope)
+    teacher forcing   frames [clean | noisy], timestep 0 for the clean half, rope of the same positions twice,
+                      mask=teacher_forcing_mask(...), text_repeats=2
+    streaming         cache=kv_cache.begin(...): the block alone, its past comes from the cache
+Parameters have the original Wan names, so that Wan's weights load as they are.
+Letters: B batch, F latent frames, C channels, H W latent grid, S tokens of a frame, T = F S tokens, N heads,
+K head width, D model width, L text tokens, G text groups (consecutive frames that share a prompt).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamgen.attention import attend
+from streamgen.ops import Ops, select
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of the network; the defaults are what every Wan model has in common."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    text_len: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    eps: float = 1e-6
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    rope_theta: float = 1e4
+    prediction: Literal["flow", "x0"] = "flow"
+    """What the output stands for (`streamgen.flow.to_x0`)."""
+    pooled_text: bool = False
+    """Not in Wan: the mean text row also goes through an MLP into the time embedding."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", tuple(self.patch))  # JSON has lists only
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "in_channels",
+            "out_channels",
+            "text_dim",
+            "text_len",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim={self.dim}: must be a multiple of 2 * num_heads = {2 * self.num_heads}")
+        if self.freq_dim < 2 or self.freq_dim % 2:
+            raise ValueError(f"freq_dim={self.freq_dim}: must be even and at least 2")
+        if len(self.patch) != 3 or self.patch[0] != 1 or min(self.patch) < 1:
+            raise ValueError(f"patch={self.patch}: must be (1, rows, columns), each at least 1")
+        if self.prediction not in ("flow", "x0"):
+            raise ValueError(f"prediction={self.prediction!r}: must be 'flow' or 'x0'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+class BlockCache(Protocol):
+    """What a forward needs of a cache for the block being made (`streamgen.cache`)."""
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the query frames, each [T, K/2]."""
+        ...
+
+    def append(self, layer: int, k_BNTK: Tensor, v_BNTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the normed un-rotated keys and the values; returns all visible ones, keys rotated, [B, N, S, K]."""
+        ...
+
+
+class TextContext(NamedTuple):
+    """All that the network needs of a prompt; made once per prompt version by `CausalWanModel.encode_text`."""
+
+    kv: list[tuple[Tensor, Tensor]]
+    """Per layer the keys and values of cross-attention, each [B, G, N, L, K]."""
+    pooled_BGD: Tensor | None
+
+
+class Call(NamedTuple):
+    """What one forward hands to every block."""
+
+    rope: tuple[Tensor, Tensor]
+    cache: BlockCache | None
+    mask_TS: Tensor | None
+    text_repeats: int
+    ops: Ops
+    attention_backend: str
+
+
+def sinusoid(timestep: Tensor, freq_dim: int) -> Tensor:
+    """[...] -> float64 [..., freq_dim]: cosines first, then sines, of t 10000^(-i / half); t may be fractional."""
+    half = freq_dim // 2
+    steps = torch.arange(half, dtype=torch.float64, device=timestep.device)
+    angles = timestep.double()[..., None] * torch.exp(steps * (-math.log(10000.0) / half))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Norm(nn.Module):
+    """The weight of an RMSNorm over the full width; `Ops.rms_norm` applies it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+def weight_of(norm: Norm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+class Attention(nn.Module):
+    """The projections of one attention; q and k are normed across all heads together before the split."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = Norm(config.dim) if config.qk_norm else None
+        self.norm_k = Norm(config.dim) if config.qk_norm else None
+
+
+class SelfAttention(Attention):
+    def forward(self, x_BTD: Tensor, layer: int, call: Call) -> Tensor:
+        N, eps, ops = self.num_heads, self.eps, call.ops
+        q_BNTK = ops.rms_norm_rope(self.q(x_BTD), weight_of(self.norm_q), eps, N, *call.rope)
+        v_BNSK = self.v(x_BTD).unflatten(-1, (N, -1)).transpose(1, 2)
+        if call.cache is None:
+            k_BNSK = ops.rms_norm_rope(self.k(x_BTD), weight_of(self.norm_k), eps, N, *call.rope)
+        else:
+            k_BNTK = ops.rms_norm(self.k(x_BTD), weight_of(self.norm_k), eps, N)
+            k_BNSK, v_BNSK = call.cache.append(layer, k_BNTK, v_BNSK)
+        out_BNTK = attend(q_BNTK, k_BNSK, v_BNSK, call.mask_TS, call.attention_backend)
+        return self.o(out_BNTK.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(Attention):
+    def encode(self, text_BGLD: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text, each [B, G, N, L, K]."""
+        B, G = text_BGLD.shape[:2]
+        rows_RLD = text_BGLD.flatten(0, 1)
+        k_RNLK = ops.rms_norm(self.k(rows_RLD), weight_of(self.norm_k), self.eps, self.num_heads)
+        v_RNLK = self.v(rows_RLD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return k_RNLK.contiguous().unflatten(0, (B, G)), v_RNLK.contiguous().unflatten(0, (B, G))
+
+    def forward(self, x_BTD: Tensor, kv: tuple[Tensor, Tensor], call: Call) -> Tensor:
+        """Each group of tokens looks at its own text; padding is attended, as in Wan."""
+        B, T, D = x_BTD.shape
+        k_BGNLK, v_BGNLK = kv
+        G, R = k_BGNLK.shape[1], call.text_repeats
+        q_BNTK = call.ops.rms_norm(self.q(x_BTD), weight_of(self.norm_q), self.eps, self.num_heads)
+        if G == 1:
+            out_BNTK = attend(q_BNTK, k_BGNLK[:, 0], v_BGNLK[:, 0], None, call.attention_backend)
+            return self.o(out_BNTK.transpose(1, 2).flatten(2))
+        # Tokens run (repeat, group, token): the repeats of a group share one attention, so text is never copied.
+        q_BGNtK = q_BNTK.unflatten(2, (R, G, -1)).permute(0, 3, 1, 2, 4, 5).flatten(3, 4).flatten(0, 1)
+        out_BGNtK = attend(q_BGNtK, k_BGNLK.flatten(0, 1), v_BGNLK.flatten(0, 1), None, call.attention_backend)
+        out_BRGtNK = out_BGNtK.unflatten(2, (R, -1)).unflatten(0, (B, G)).permute(0, 3, 1, 4, 2, 5)
+        return self.o(out_BRGtNK.reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """x += gate SelfAttn(mod(LN x));  x += CrossAttn(LN_affine x);  x += gate FFN(mod(LN x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(self, x_BFSD: Tensor, e0_BF6D: Tensor, kv: tuple[Tensor, Tensor], layer: int, call: Call) -> Tensor:
+        shape, eps, ops = x_BFSD.shape, self.eps, call.ops
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
+            (self.modulation + e0_BF6D).unsqueeze(3).unbind(2)  # each [B, F, 1, D]
+        )
+        y_BTD = ops.layer_norm_modulate(x_BFSD, shift_sa, scale_sa, eps).flatten(1, 2)
+        y_BTD = self.self_attn(y_BTD, layer, call)
+        x_BFSD = ops.gate_residual(x_BFSD, y_BTD.view(shape), gate_sa)
+        y_BTD = self.cross_attn(self.norm3(x_BFSD).flatten(1, 2), kv, call)
+        x_BFSD = x_BFSD + y_BTD.view(shape)
+        y_BFSD = self.ffn[0](ops.layer_norm_modulate(x_BFSD, shift_ff, scale_ff, eps))
+        y_BFSD = self.ffn[2](ops.gelu_tanh(y_BFSD))
+        return ops.gate_residual(x_BFSD, y_BFSD, gate_ff)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection to patches; its table is added to e itself, not to the six vectors."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x_BFSD: Tensor, e_BFD: Tensor, ops: Ops) -> Tensor:
+        shift, scale = (self.modulation + e_BFD[:, :, None]).unsqueeze(3).unbind(2)
+        return self.head(ops.layer_norm_modulate(x_BFSD, shift, scale, self.eps))
+
+
+class CausalWanModel(nn.Module):
+    """See the module's docstring. `attention_backend` is a name of `streamgen.attention`; `ops` the table in use."""
+
+    def __init__(self, config: TransformerConfig, *, ops: Ops | None = None, attention_backend: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.ops = select() if ops is None else ops
+        self.attention_backend = attention_backend
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.pooled_embedding = (
+            nn.Sequential(nn.Linear(config.text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+            if config.pooled_text
+            else None
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Wan's initial weights: the model's output is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.pooled_embedding is not None:
+            nn.init.zeros_(self.pooled_embedding.get_parameter("2.weight"))
+        nn.init.zeros_(self.head.head.weight)
+
+    def encode_text(self, text_BGLD: Tensor) -> TextContext:
+        """Embeddings [B, G, text_len, text_dim], zero rows for padding -> what every forward of this prompt needs."""
+        c = self.config
+        if text_BGLD.ndim != 4 or text_BGLD.shape[2:] != (c.text_len, c.text_dim):
+            raise ValueError(
+                f"text of shape {tuple(text_BGLD.shape)}: must be [batch, groups, {c.text_len}, {c.text_dim}]"
+            )
+        rows = self.text_embedding(text_BGLD)
+        kv = [block.cross_attn.encode(rows, self.ops) for block in cast("list[Block]", self.blocks)]
+        pooled = None if self.pooled_embedding is None else self.pooled_embedding(text_BGLD.mean(2))
+        return TextContext(kv, pooled)
+
+    def forward(
+        self,
+        latents_BFCHW: Tensor,
+        timestep_BF: Tensor,
+        text: TextContext,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: BlockCache | None = None,
+        mask: Tensor | None = None,
+        text_repeats: int = 1,
+    ) -> Tensor:
+        """One pass -> [B, F, out_channels, H, W] in the latents' dtype, what it stands for is `config.prediction`.
+
+        timestep_BF: 1000 sigma, float, [B, F] or [B, 1] (one level for all frames).
+        rope: cosines and sines of the frames, each [T, K/2]; the cache's own by default.
+        text: its G groups divide the frames evenly and in order; with `text_repeats` = R the frames are R such
+        sequences one after the other (teacher forcing: 2).
+        """
+        if rope is None:
+            if cache is None:
+                raise ValueError("rope=None: without a cache the caller gives it (streamgen.rope.rope_table)")
+            rope = cache.rope()
+        F_ = latents_BFCHW.shape[1]
+        groups = text.kv[0][0].shape[1]
+        if F_ % (groups * text_repeats):
+            raise ValueError(f"{F_} frames: must be a multiple of {groups} text groups x {text_repeats} repeats")
+        x_BFSD = self._patchify(latents_BFCHW)
+        e_BFD = self._time(timestep_BF, text, F_ // (groups * text_repeats), text_repeats)
+        e0_BF6D = self.time_projection(e_BFD).unflatten(2, (6, -1))
+        call = Call(rope, cache, mask, text_repeats, self.ops, self.attention_backend)
+        for layer, block in enumerate(self.blocks):
+            x_BFSD = block(x_BFSD, e0_BF6D, text.kv[layer], layer, call)
+        return self._unpatchify(self.head(x_BFSD, e_BFD, self.ops), latents_BFCHW)
+
+    def _time(self, timestep_BF: Tensor, text: TextContext, group_frames: int, text_repeats: int) -> Tensor:
+        """The time MLP's output e [B, F, D] ([B, 1, D] when one row serves all frames), with the pooled text."""
+        e_BFD = self.time_embedding(sinusoid(timestep_BF, self.config.freq_dim).to(self.head.modulation.dtype))
+        if text.pooled_BGD is None:
+            return e_BFD
+        pooled = text.pooled_BGD
+        if pooled.shape[1] > 1:
+            pooled = pooled.repeat_interleave(group_frames, 1).repeat(1, text_repeats, 1)
+        return e_BFD + pooled
+
+    def _patchify(self, latents_BFCHW: Tensor) -> Tensor:
+        """Conv3d with stride = kernel, as one matrix product; tokens run row, column (column fastest)."""
+        weight = self.patch_embedding.weight
+        _, rows, columns = self.config.patch
+        x = latents_BFCHW.to(weight.dtype).unflatten(4, (-1, columns)).unflatten(3, (-1, rows))
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [B, F, (row, column), (C, patch)]
+        return F.linear(x, weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, out_BFSD: Tensor, latents_BFCHW: Tensor) -> Tensor:
+        """A token's vector is laid out (patch row, patch column, channel), channel fastest."""
+        _, rows, columns = self.config.patch
+        H, W = latents_BFCHW.shape[-2:]
+        x = out_BFSD.unflatten(3, (rows, columns, -1)).unflatten(2, (H // rows, W // columns))
+        x = x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+        return x.to(latents_BFCHW.dtype)

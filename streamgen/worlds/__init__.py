@@ -1,0 +1,1 @@
+"""Procedural video worlds: a renderer, a caption grammar, and a checker that reads the truth back."""

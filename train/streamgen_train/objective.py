@@ -1,0 +1,83 @@
+"""What the training loop asks of a thing that can be trained: the door between run machinery and
+mathematics.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Modules = Mapping[str, nn.Module]
+
+
+class Objective(ABC):
+    """A loss with the modules it trains and the data it needs.
+
+    Build it cheaply (it is also built on the meta device for `dry_run`); open files and move frozen
+    parts in `prepare`. Everything random is drawn from the generator given to `batch`, or from
+    torch's global generators: the loop seeds both from (seed, step, microbatch) before each call,
+    so a batch is a function of the step alone and resuming is exact.
+    """
+
+    needs_ema: bool = False
+    """True: `loss` gets the EMA modules (in the compute dtype, refreshed after every step);
+    otherwise None.
+    """
+    clips_per_batch: int = 1
+    """Clips (or images) in one microbatch; only used to print a throughput."""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """Trainable modules by name. Their parameters with requires_grad are optimised, saved and
+        averaged.
+        """
+
+    @abstractmethod
+    def batch(self, step: int, rng: torch.Generator) -> Any:
+        """The data of one microbatch, a function of the state of `rng` (a CPU generator) and `step`
+        only.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Any, step: int, ema: Modules | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and detached scalar metrics to log."""
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Called before the first batch: `device` to run on and compute dtype that the trainable
+        parameters are about to have.
+
+        Override to load and move frozen parts; call super().prepare first. It may be called twice
+        (precision probe).
+        """
+        self.device, self.dtype = device, dtype
+        for module in self.modules().values():
+            module.to(device)
+
+    def compile(self, modules: Modules) -> None:
+        """Compile in place what `loss` calls; the default compiles the forward of each module, once per shape."""
+        for module in modules.values():
+            module.compile(dynamic=False)
+
+    def after_step(self, step: int) -> None:  # noqa: B027 (doing nothing is a valid answer)
+        """Called after the optimiser and EMA updates of `step`."""
+
+    def sample(self, step: int, modules: Modules) -> dict[str, np.ndarray]:
+        """Pictures to keep, uint8 [height, width, 3] by file name; `modules` are the EMA modules in
+        eval mode.
+        """
+        return {}
+
+    def validate(self, step: int, modules: Modules) -> dict[str, float]:
+        """Numbers on data that is never trained on; `modules` are the EMA modules in eval mode."""
+        return {}
+
+    def costs(self) -> dict[str, float]:
+        """Extra lines for `dry_run`, name with unit -> number; must work on the meta device."""
+        return {}

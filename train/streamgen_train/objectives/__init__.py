@@ -1,0 +1,1 @@
+"""One file per objective: a dataclass `Config` and `build(config) -> Objective`."""

@@ -1,0 +1,143 @@
+"""Reconstruction of sprites video by the streaming codec: squared error, with a little noise on the latents.
+
+The noise makes the decoder forgive small errors of the diffusion model. Most of a frame is still background, so
+crops are taken where the edges are; whole frames are used for validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from streamgen.codec import SpritesCodec, SpritesCodecConfig, init_linear_from_pca
+from streamgen.worlds import sprites
+from streamgen_train.checkpoint import load_modules
+from streamgen_train.data import pick_captions
+from streamgen_train.objective import Objective
+from streamgen_train.samples import contact_sheet
+
+
+@dataclass(kw_only=True)
+class Config:
+    codec: SpritesCodecConfig = field(default_factory=SpritesCodecConfig)
+    clips: int = 64
+    clip_frames: int = 8
+    crop: int = 32
+    """Side in pixels of the training crops; a multiple of the codec's spatial stride."""
+    crop_candidates: int = 4
+    """Crops drawn per clip, of which the one with the most edges is used."""
+    latent_noise: float = 0.05
+    """Deviation of the noise added to raw latents."""
+    train_encoder: bool = True
+    """False: only the decoder learns (the latents that a diffusion model was trained on stay as they are)."""
+    init_from: str | None = None
+    """Run folder or checkpoint of a codec run to take the weights from."""
+    pca_clips: int = 600
+    validation_clips: int = 128
+    side: int = 64
+    fps: float = 16.0
+
+
+class CodecObjective(Objective):
+    """Trains a SpritesCodec on clips of the sprites world."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.clips_per_batch = config.clips
+        self.codec = SpritesCodec(config.codec)
+        if not config.train_encoder:
+            for name, parameter in self.codec.named_parameters():
+                parameter.requires_grad_(not name.startswith("encode_"))
+        self._ready = False
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"codec": self.codec}
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        if not self._ready:
+            if self.config.init_from is not None:
+                self.codec.load_state_dict(load_modules(Path(self.config.init_from))["codec"])
+            else:
+                rng = torch.Generator().manual_seed(0)
+                init_linear_from_pca(self.codec, self._video(self.config.pca_clips, self.config.clip_frames, rng))
+            self._ready = True
+        super().prepare(device, dtype)
+        for name, parameter in self.codec.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def _video(self, clips: int, frames: int, rng: torch.Generator, split: str = "train") -> Tensor:
+        scenes = sprites.sample_scenes(pick_captions(clips, rng, split), rng)
+        return sprites.render(scenes, frames, fps=self.config.fps, side=self.config.side)
+
+    def batch(self, step: int, rng: torch.Generator) -> Tensor:
+        video = self._video(self.config.clips, self.config.clip_frames, rng)
+        return self._crop(video, rng).to(self.device, self.dtype)
+
+    def _crop(self, video: Tensor, rng: torch.Generator) -> Tensor:
+        """The crop with the most edges of a few random ones, aligned to the latent grid."""
+        c, stride = self.config, self.config.codec.spatial_stride
+        if c.crop == c.side:
+            return video
+        edges = (video[:, -1].diff(dim=-1)[..., :-1, :].abs() + video[:, -1].diff(dim=-2)[..., :-1].abs()).sum(1)
+        energy = F.avg_pool2d(F.pad(edges, (0, 1, 0, 1)), c.crop, stride).flatten(1)
+        columns = (c.side - c.crop) // stride + 1
+        drawn = torch.randint(energy.shape[1], (len(video), c.crop_candidates), generator=rng)
+        best = drawn.gather(1, energy.gather(1, drawn).argmax(1, keepdim=True))[:, 0]
+        corners = zip((best // columns * stride).tolist(), (best % columns * stride).tolist(), strict=True)
+        return torch.stack(
+            [v[..., y : y + c.crop, x : x + c.crop] for v, (y, x) in zip(video, corners, strict=True)]
+        )
+
+    def loss(
+        self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        patches = self.codec.patchify(batch)
+        raw = self.codec.encode_patches(patches, _shifted(patches))
+        noisy = raw + self.config.latent_noise * torch.randn_like(raw)
+        out = self.codec.decode_raw(noisy.flatten(0, 1), _shifted(noisy).flatten(0, 1))
+        error = (self.codec.unpatchify(out, len(batch)) - batch).float().square().mean()
+        return error * 10, {"psnr_db": psnr_db(error.detach())}
+
+    def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        video = self._video(self.config.validation_clips, 16, torch.Generator().manual_seed(1), "heldout")
+        video = video.to(self.device)
+        out = _decoded(modules["codec"], video)
+        return {"psnr_db": float(psnr_db((out - video).square().mean()))}
+
+    def sample(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+        rng = torch.Generator().manual_seed(2)
+        items = pick_captions(6, rng, "heldout")
+        video = sprites.render(sprites.sample_scenes(items, rng), 16, fps=self.config.fps, side=self.config.side)
+        both = torch.cat([video, _decoded(modules["codec"], video.to(self.device)).cpu()], -1)
+        clips = [c.numpy() for c in sprites.to_uint8(both)]
+        return {"reconstruction": contact_sheet(clips, [c.text for c in items], frames=4, scale=2)}
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """The same, one latent frame later, zeros first: what the stream's state holds."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+def _decoded(codec: nn.Module, video: Tensor) -> Tensor:
+    assert isinstance(codec, SpritesCodec)
+    dtype = codec.encode_linear.weight.dtype
+    patches = codec.patchify(video.to(dtype))
+    raw = codec.encode_patches(patches, _shifted(patches))
+    out = codec.decode_raw(raw.flatten(0, 1), _shifted(raw).flatten(0, 1))
+    return codec.unpatchify(out, len(video)).clamp(-1, 1).float()
+
+
+def psnr_db(mean_squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of video in [-1, 1] (peak to peak 2), in dB."""
+    return -10 * torch.log10(mean_squared_error / 4)
+
+
+def build(config: Config) -> CodecObjective:
+    return CodecObjective(config)
