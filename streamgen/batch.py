@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from streamgen.flow import step_sigmas
+from streamgen.codec import to_uint8
 from streamgen.pipeline import StreamPipeline
-from streamgen.rollout import Sampling, StreamState, rollout_block
+from streamgen.rollout import StreamState, rollout_block
 from streamgen.transformer import TextContext
 
 
@@ -37,8 +37,8 @@ def generate(
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed for each of at least one prompt")
     state = StreamState(geometry=pipe.geometry, cache=pipe.new_cache(cache, len(prompts)), seeds=tuple(seeds))
-    plan = sampling(pipe, pipe.scheduler.trained_steps[0] if steps is None else steps)
-    first_plan = plan if first_steps is None else sampling(pipe, first_steps)
+    plan = pipe.sampling(pipe.scheduler.trained_steps[0] if steps is None else steps)
+    first_plan = plan if first_steps is None else pipe.sampling(first_steps)
     made: list[Tensor] = []
     text = encode_prompts(pipe, prompts)
     for block in range(blocks):
@@ -53,7 +53,7 @@ def generate(
             transition=transition if change is not None else None,
         )
         video, state.codec = pipe.codec.decode_stream(latents, state.codec)
-        frames = ((video.float().movedim(2, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        frames = torch.from_numpy(to_uint8(video))
         if on_block is None:
             made.append(frames)
         else:
@@ -65,15 +65,3 @@ def encode_prompts(pipe: StreamPipeline, prompts: Sequence[str]) -> TextContext:
     """Text context of a batch of prompts, one per row."""
     rows = pipe.text.encode(list(prompts)).to(pipe.device, pipe.dtype)
     return pipe.transformer.encode_text(rows[:, None])
-
-
-def sampling(pipe: StreamPipeline, steps: int) -> Sampling:
-    """The sampling plan of a model's card for a number of steps."""
-    s = pipe.scheduler
-    return Sampling(
-        sigmas=step_sigmas(steps, s.shift),
-        prediction=s.prediction,
-        sampler=s.sampler,
-        context_noise=s.context_noise,
-        protect_sink=s.protect_sink,
-    )

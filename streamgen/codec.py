@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamgen.weights import build_config, load_component, load_weights
@@ -36,13 +37,9 @@ class StreamingCodec(Protocol):
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor: ...
 
-    def encode_stream(
-        self, video_BTCHW: Tensor, state: CodecState | None
-    ) -> tuple[Tensor, CodecState]: ...
+    def encode_stream(self, video_BTCHW: Tensor, state: CodecState | None) -> tuple[Tensor, CodecState]: ...
 
-    def decode_stream(
-        self, latents_BFCHW: Tensor, state: CodecState | None
-    ) -> tuple[Tensor, CodecState]: ...
+    def decode_stream(self, latents_BFCHW: Tensor, state: CodecState | None) -> tuple[Tensor, CodecState]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +65,19 @@ class SpritesCodecConfig:
         return self.temporal_stride * 3 * self.spatial_stride**2
 
 
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    """A residual that adds nothing until it has learned something."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.get_parameter("bias"))
+
+
 class _PatchBlock(nn.Module):
     """Residual MLP on the features of one patch."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        nn.init.zeros_(self.down.weight)
+        _zero(self.down)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.down(F.gelu(self.up(h), approximate="tanh"))
@@ -86,7 +89,7 @@ class _GridBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.spatial, self.mix = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 1)
-        nn.init.zeros_(self.mix.weight)
+        _zero(self.mix)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.mix(F.gelu(self.spatial(h), approximate="tanh"))
@@ -114,8 +117,8 @@ class SpritesCodec(nn.Module):
         self.decode_blocks = nn.ModuleList(_GridBlock(d) for _ in range(config.decoder_blocks))
         self.decode_head = nn.Conv2d(d, config.head_dim, 1)
         self.decode_out = nn.Conv2d(config.head_dim, values, 1)
-        nn.init.zeros_(self.encode_out.weight)
-        nn.init.zeros_(self.decode_out.weight)
+        _zero(self.encode_out)
+        _zero(self.decode_out)
         self.register_buffer("latents_mean", torch.zeros(channels))
         self.register_buffer("latents_std", torch.ones(channels))
         self.latents_mean: Tensor
@@ -164,9 +167,7 @@ class SpritesCodec(nn.Module):
 
     # -- the codec's door --------------------------------------------------------------------
 
-    def encode_stream(
-        self, video_BTCHW: Tensor, state: CodecState | None
-    ) -> tuple[Tensor, CodecState]:
+    def encode_stream(self, video_BTCHW: Tensor, state: CodecState | None) -> tuple[Tensor, CodecState]:
         """Encode the next frames of a stream; `state` is None at its start. Returns latents [B, F, C, H, W]."""
         patches = self.patchify(video_BTCHW.to(self.latents_mean.dtype))
         first = torch.zeros_like(patches[:, :1]) if state is None else state["patches"]
@@ -175,9 +176,7 @@ class SpritesCodec(nn.Module):
         mean, std = (v[:, None, None] for v in (self.latents_mean, self.latents_std))
         return (raw - mean) / std, {"patches": patches[:, -1:].clone()}
 
-    def decode_stream(
-        self, latents_BFCHW: Tensor, state: CodecState | None
-    ) -> tuple[Tensor, CodecState]:
+    def decode_stream(self, latents_BFCHW: Tensor, state: CodecState | None) -> tuple[Tensor, CodecState]:
         """Decode the next latents of a stream; `state` is None at its start. Returns video [B, T, 3, h, w]."""
         mean, std = (v[:, None, None] for v in (self.latents_mean, self.latents_std))
         raw = latents_BFCHW.to(mean.dtype) * std + mean
@@ -212,7 +211,22 @@ def init_linear_from_pca(codec: SpritesCodec, video_BTCHW: Tensor) -> None:
     codec.encode_linear.weight.copy_((basis * scale).T)
     codec.encode_linear.bias.copy_(-(mean @ (basis * scale)))
     codec.decode_linear.weight.copy_((basis / scale)[:, :, None, None])
-    codec.decode_linear.bias.copy_(mean)
+    codec.decode_linear.get_parameter("bias").copy_(mean)
+
+
+@torch.no_grad()
+def fit_normalisation(codec: SpritesCodec, video_BTCHW: Tensor) -> None:
+    """Centre the latents and scale channel k by (deviation_k * root mean square deviation)^-1/2.
+
+    Half way between one scale for all, which buries the channels that carry shape, and whitening, which turns the
+    last ones into noise.
+    """
+    codec.latents_mean.zero_()
+    codec.latents_std.fill_(1.0)
+    raw = codec.encode(video_BTCHW)
+    deviation = raw.std((0, 1, 3, 4))
+    codec.latents_mean.copy_(raw.mean((0, 1, 3, 4)))
+    codec.latents_std.copy_((deviation * deviation.square().mean().sqrt()).sqrt())
 
 
 def load_codec(folder: str | Path) -> SpritesCodec:
@@ -221,5 +235,11 @@ def load_codec(folder: str | Path) -> SpritesCodec:
     path = path / "codec" if (path / "codec").is_dir() else path
     values, tensors = load_component(path)
     codec = SpritesCodec(build_config(SpritesCodecConfig, values, str(path)))
-    load_weights(codec, tensors, where=str(path))
+    load_weights(codec, tensors, where=str(path), dtype=torch.float32)
     return codec
+
+
+def to_uint8(video_BTCHW: Tensor) -> np.ndarray:
+    """Video in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    scaled = ((video_BTCHW.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return scaled.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()

@@ -20,8 +20,7 @@ def data_dir(name: str) -> Path:
     if in_checkout.is_dir():
         return in_checkout
     raise FileNotFoundError(
-        f"streamgen's own {name} are missing: neither {in_wheel} nor {in_checkout} is a folder; "
-        "install streamgen again"
+        f"streamgen's own {name} are missing: neither {in_wheel} nor {in_checkout} is a folder; install streamgen again"
     )
 
 

@@ -29,18 +29,36 @@ SPRITES_VOCABULARY = (
 )
 SHAPE_WORDS = frozenset(("circle", "square", "triangle", "star", "ring"))
 SYNONYMS = {
-    **{"single": "one", "1": "one", "2": "two", "pair": "two", "both": "two", "couple": "two"},
-    **{"big": "large", "huge": "large", "little": "small", "tiny": "small"},
-    **{"violet": "purple", "disc": "circle", "disk": "circle", "ball": "circle", "box": "square", "donut": "ring"},
-    **{"leftward": "left", "leftwards": "left", "rightward": "right", "rightwards": "right"},
-    **{"up": "rising", "upward": "rising", "upwards": "rising", "down": "falling", "downward": "falling"},
-    **{"downwards": "falling", "rise": "rising", "fall": "falling", "bounce": "bouncing", "orbit": "orbiting"},
-    **{"circling": "orbiting", "grow": "growing", "shrink": "shrinking", "spin": "spinning"},
-    **{"rotating": "spinning", "turning": "spinning", "grassy": "grass", "snowy": "snow"},
+    synonym: word
+    for word, synonyms in {
+        "one": ("1", "single"),
+        "two": ("2", "pair", "both", "couple"),
+        "large": ("big", "huge"),
+        "small": ("little", "tiny"),
+        "purple": ("violet",),
+        "circle": ("disc", "disk", "ball"),
+        "square": ("box", "boxes"),
+        "ring": ("donut",),
+        "left": ("leftward", "leftwards"),
+        "right": ("rightward", "rightwards"),
+        "rising": ("rise", "up", "upward", "upwards"),
+        "falling": ("fall", "down", "downward", "downwards"),
+        "bouncing": ("bounce",),
+        "orbiting": ("orbit", "circling"),
+        "growing": ("grow",),
+        "shrinking": ("shrink",),
+        "spinning": ("spin", "rotating", "turning"),
+        "grass": ("grassy",),
+        "snow": ("snowy",),
+    }.items()
+    for synonym in synonyms
 }
 FILLER = frozenset(
-    "a an the of in on over with and at to from is are it its some background backdrop scene moving move moves "
-    "going there that this against above sprite sprites".split()
+    (
+        *("a", "an", "the", "of", "in", "on", "over", "with", "and", "at", "to", "from", "is", "are", "it", "its"),
+        *("some", "background", "backdrop", "scene", "moving", "move", "moves", "going", "there", "that", "this"),
+        *("against", "above", "sprite", "sprites"),
+    )
 )
 
 
@@ -109,14 +127,14 @@ class SpritesTextEncoder(nn.Module):
                 f"the prompt holds no word that this model knows ({_listed(unknown or written)}); "
                 f"it knows: {', '.join(self.config.vocabulary)}"
             )
-        if "one" in self.index and "two" in self.index and not {"one", "two"} & set(found):
-            if SHAPE_WORDS & set(found):
-                found.insert(0, "two" if plural else "one")
+        counted = {"one", "two"} & set(found) or not {"one", "two"} <= self.index.keys()
+        if SHAPE_WORDS & set(found) and not counted:
+            found.insert(0, "two" if plural else "one")
         unique = list(dict.fromkeys(found))
-        warnings = [self._unknown_warning(word) for word in dict.fromkeys(unknown)]
-        if len(warnings) > MAX_REPORTED_WORDS:
-            more = len(warnings) - MAX_REPORTED_WORDS
-            warnings = [*warnings[:MAX_REPORTED_WORDS], f"{more} more unknown words were left out"]
+        strange = list(dict.fromkeys(unknown))
+        warnings = [self._unknown_warning(word) for word in strange[:MAX_REPORTED_WORDS]]
+        if len(strange) > MAX_REPORTED_WORDS:
+            warnings.append(f"{len(strange) - MAX_REPORTED_WORDS} more unknown words were left out")
         if len(unique) > self.text_len:
             dropped = unique[self.text_len :]
             warnings.append(f"a prompt has room for {self.text_len} words here; left out: {_listed(dropped)}")

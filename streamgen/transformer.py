@@ -44,9 +44,13 @@ class TransformerConfig:
     """What the output stands for (`streamgen.flow.to_x0`)."""
     pooled_text: bool = False
     """Not in Wan: the mean text row also goes through an MLP into the time embedding."""
+    place_grid: tuple[int, int] | None = None
+    """Not in Wan: a learned embedding of each place of a token grid of (rows, columns), for small models of one size."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))  # JSON has lists only
+        if self.place_grid is not None:
+            object.__setattr__(self, "place_grid", tuple(self.place_grid))
         for name in (
             "dim",
             "ffn_dim",
@@ -238,6 +242,9 @@ class CausalWanModel(nn.Module):
             if config.pooled_text
             else None
         )
+        self.place_embedding = (
+            nn.Parameter(torch.randn(math.prod(config.place_grid), dim) * 0.02) if config.place_grid else None
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.reset_parameters()
@@ -295,6 +302,8 @@ class CausalWanModel(nn.Module):
         if F_ % (groups * text_repeats):
             raise ValueError(f"{F_} frames: must be a multiple of {groups} text groups x {text_repeats} repeats")
         x_BFSD = self._patchify(latents_BFCHW)
+        if self.place_embedding is not None:
+            x_BFSD = x_BFSD + self.place_embedding
         e_BFD = self._time(timestep_BF, text, F_ // (groups * text_repeats), text_repeats)
         e0_BF6D = self.time_projection(e_BFD).unflatten(2, (6, -1))
         call = Call(rope, cache, mask, text_repeats, self.ops, self.attention_backend)

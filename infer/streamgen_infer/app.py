@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer.interrupts import Interrupts
-from streamgen_infer.stream_command import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
+from streamgen_infer.stream_options import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
 
 HandOver = Callable[[list[str]], int]
-UsageError = typer.BadParameter.__mro__[2]
+UsageError: Any = typer.BadParameter.__mro__[2]
 """ClickException, under whichever name this typer has it."""
 
 
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str], interrupts: Interrupts, hand_over: Mapping[str
     except UsageError as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "streamgen"
-        raise UserError(f"{error.format_message().rstrip('.')} (see {where} --help)") from error  # type: ignore[attr-defined]
+        raise UserError(f"{error.format_message().rstrip('.')} (see {where} --help)") from error
     except typer.Abort:
         raise KeyboardInterrupt from None
     return int(code or 0)
@@ -100,7 +100,7 @@ def stream(
     steps: Steps = None,
     schedule: Annotated[str, typer.Option(help=" | ".join(SCHEDULES))] = "serial",
     cache: Annotated[str | None, typer.Option(help=" | ".join(CACHES) + "; the first by default")] = None,
-    transition: Annotated[str, typer.Option(help="How a new prompt takes over: " + " | ".join(TRANSITIONS))] = "recache",
+    transition: Annotated[str, typer.Option(help="To a new prompt: " + " | ".join(TRANSITIONS))] = "recache",
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES) + "; auto takes the faster one here")] = "auto",
@@ -145,6 +145,51 @@ def stream(
         quiet=quiet,
     )
     return stream_command.run(options, context.obj.interrupts)
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    suite: Annotated[str, typer.Argument(help="sprites")],
+    model: Model = "sprites",
+    n: Annotated[int, typer.Option(help="Held-out captions, each a clip of 5 s.", metavar="N")] = 128,
+    seed: Annotated[int, typer.Option(help="Chooses the captions and the noise.", metavar="N")] = 0,
+    seconds: Annotated[float, typer.Option(help="Length of the long streams; 5: none.", metavar="N")] = 5,
+    long_n: Annotated[int, typer.Option(help="How many long streams.", metavar="N")] = 8,
+    switches: Annotated[int, typer.Option(help="Streams with a change of prompt.", metavar="N")] = 32,
+    steps: Steps = None,
+    cache: Annotated[str, typer.Option(help=" | ".join(CACHES))] = CACHES[0],
+    transition: Annotated[str, typer.Option(help="cut | recache | scene")] = "recache",
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(help="Streams made at once.", metavar="N")] = 16,
+    json: Json = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the clips into this PNG.", metavar="FILE")] = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Judge from the pixels whether video shows what its prompt says: held-out captions, over time, after switches."""
+    from streamgen_infer import evaluate as command
+
+    options = command.Options(
+        model=model,
+        n=n,
+        seed=seed,
+        seconds=seconds,
+        long_n=long_n,
+        switches=switches,
+        steps=steps,
+        cache=cache,
+        transition=transition,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        batch=batch,
+        json=json,
+        sheet=sheet,
+        overwrite=overwrite,
+    )
+    return command.run(suite, options, context.obj.interrupts)
 
 
 @app.command()

@@ -6,10 +6,11 @@ medians of both. `sprites` is the shipped model with its codec, `mid` a transfor
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,14 @@ class Case:
 
 
 def run(
-    interrupts: Interrupts, *, suite: str, dtype: str, threads: int, blocks: int | None, json: Path | None, overwrite: bool
+    interrupts: Interrupts,
+    *,
+    suite: str,
+    dtype: str,
+    threads: int,
+    blocks: int | None,
+    json: Path | None,
+    overwrite: bool,
 ) -> int:
     """The command; returns the exit code."""
     suites = _choice("--suite", suite, tuple(CASES))
@@ -87,8 +95,15 @@ def run(
                     results.append({"suite": name, "dtype": kind, "threads": threads, **result})
         _print(results)
         if json is not None:
-            values = {"command": "bench", "version": __version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            write_report(json, {**values, "environment": environment(), "results": results})
+            values = {
+                "command": "bench",
+                "version": __version__,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "environment": environment(),
+                "interrupted": stop.requested,
+                "results": results,
+            }
+            write_report(json, values)
     return INTERRUPTED if stop.requested else 0
 
 
@@ -139,7 +154,7 @@ def mid(dtype: torch.dtype) -> Case:
         dim=768, ffn_dim=3072, num_heads=12, num_layers=12, in_channels=16, out_channels=16, text_dim=512, text_len=64
     )
     transformer = _ready(CausalWanModel(config), dtype)
-    text_BGLD = torch.randn(1, 1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    text_BGLD = torch.randn(1, 1, config.text_len, config.text_dim).to(dtype)
     return Case(
         transformer=transformer,
         codec=None,
@@ -188,13 +203,14 @@ def _name(dtype: torch.dtype) -> str:
 def measure(case: Case, blocks: int, stop: Stop) -> dict[str, Any] | None:
     """Medians over `blocks` blocks with a full cache; None if a stop came before the first of them."""
     rolling = _Rolling(case)
+    one_step = dataclasses.replace(case.sampling, sigmas=case.sampling.sigmas[:1])
     while rolling.state.cache.fill()[0] < case.window_frames and not stop.requested:
-        rolling.block()
-    rolling.block()  # the first with a full cache still makes its tables
+        rolling.block(one_step)
+    rolling.block(one_step)  # the first with a full cache still makes its tables
     bound = _BlockBound(case)
     bound.run()
     text_ms = [_timed(case.encode_text) for _ in range(5)]
-    made: list[dict[str, float | list[float]]] = []
+    made: list[dict[str, Any]] = []
     bounds: list[float] = []
     while len(made) < blocks and not stop.requested:
         made.append(rolling.block())
@@ -209,7 +225,7 @@ def measure(case: Case, blocks: int, stop: Stop) -> dict[str, Any] | None:
         "bound_ms": bound_ms,
         "ratio_to_bound": block_ms / bound_ms,
         "text_ms": statistics.median(text_ms),
-        "denoise_ms": [_median([one["denoise_ms"][step] for one in made]) for step in range(len(case.sampling.sigmas))],  # type: ignore[index]
+        "denoise_ms": [_median(step) for step in zip(*(one["denoise_ms"] for one in made), strict=True)],
         "commit_ms": _median([one["commit_ms"] for one in made]),
         "decode_ms": _median([one["decode_ms"] for one in made]),
         "real_time": None if case.codec is None else media_ms / block_ms,
@@ -243,7 +259,7 @@ class _Rolling:
         self.text = case.encode_text()
 
     @torch.no_grad()
-    def block(self) -> dict[str, Any]:
+    def block(self, sampling: Sampling | None = None) -> dict[str, Any]:
         laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
         start = last = time.perf_counter()
 
@@ -260,7 +276,7 @@ class _Rolling:
             mark("decode")
 
         case = self.case
-        rollout_block(case.transformer, self.state, self.text, case.sampling, mark=mark, emit=decode)
+        rollout_block(case.transformer, self.state, self.text, sampling or case.sampling, mark=mark, emit=decode)
         return {
             "block_ms": 1000 * (time.perf_counter() - start),
             "denoise_ms": laps["denoise"],
@@ -297,25 +313,30 @@ def _timed(call: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _median(values: list[Any]) -> float:
+def _median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
 
 
 def _print(results: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"time per block, {machine.cpu_name()}, torch {torch.__version__}")
-    for column in ("suite", "dtype", "threads", "block ms", "bound ms", "ratio", "text", "denoise", "commit", "decode", "x real time"):
-        table.add_column(column, justify="left" if column in ("suite", "dtype") else "right")
+    console = Console(highlight=False)
+    if not results:
+        console.print("nothing was measured")
+        return
+    title = f"time per block, threads: {results[0]['threads']}, {machine.cpu_name()}"
+    table = Table(title=title, box=box.SIMPLE)
+    for column in ("suite", "dtype", "block ms", "bound ms", "ratio", "x real time", "weights"):
+        table.add_column(column, justify="left" if column in ("suite", "dtype", "weights") else "right")
+    for one in results:
+        speed = "-" if one["real_time"] is None else f"{one['real_time']:.1f}"
+        figures = (f"{one[name]:.2f}" for name in ("block_ms", "bound_ms", "ratio_to_bound"))
+        table.add_row(one["suite"], one["dtype"], *figures, speed, one["weights"])
+    console.print(table)
     for one in results:
         steps = " ".join(f"{ms:.1f}" for ms in one["denoise_ms"])
-        speed = "-" if one["real_time"] is None else f"{one['real_time']:.1f}"
-        figures = (f"{one[name]:.2f}" for name in ("block_ms", "bound_ms", "ratio_to_bound", "text_ms"))
-        stages = (steps, f"{one['commit_ms']:.1f}", f"{one['decode_ms']:.1f}", speed)
-        table.add_row(one["suite"], one["dtype"], str(one["threads"]), *figures, *stages)
-    console = Console()
-    console.print(table if results else "nothing was measured")
-    for note in dict.fromkeys(f"{one['suite']}: weights {one['weights']}" for one in results):
-        console.print(note, highlight=False)
-    console.print("bound: the bare matrix products, attention and codec convolutions of the same shapes, in the same run", highlight=False)
+        rest = f"commit {one['commit_ms']:.1f}, decode {one['decode_ms']:.1f}; a new prompt's text {one['text_ms']:.1f}"
+        console.print(f"{one['suite']} {one['dtype']}, ms: denoise {steps}, {rest}", soft_wrap=True)
+    console.print("bound: the matrix products, attention and convolutions of the same shapes alone, in the same run")

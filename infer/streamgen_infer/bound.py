@@ -1,12 +1,13 @@
 """The machine's limit for one pass of the transformer: its matrix products and attentions, and nothing between them.
 
-`pass_shapes` counts from the config what a streaming pass computes; `Bound` runs exactly that on operands of its own, as
-many as the model has weights and cached keys, so that caches are as cold for it as for the model.
+`pass_shapes` counts from the config what a streaming pass computes; `Bound` runs exactly that on operands of its own,
+as many as the model has weights and cached keys, so that the CPU's caches are as cold for it as for the model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,8 @@ def decode_shapes(codec: Any, latents_BFCHW: Tensor) -> list[Shape]:
         elif isinstance(module, nn.Conv2d):
             assert module.stride == (1, 1) and module.groups == 1 and not isinstance(module.padding, str), module
             height, width = module.padding
-            found.append(Convolution(*x.shape, tuple(module.weight.shape), (height, width)))
+            images, channels, rows, columns = x.shape
+            found.append(Convolution(images, channels, rows, columns, tuple(module.weight.shape), (height, width)))
 
     hooks = [module.register_forward_pre_hook(seen) for module in codec.modules()]
     try:
@@ -111,7 +113,7 @@ def decode_shapes(codec: Any, latents_BFCHW: Tensor) -> list[Shape]:
 class Bound:
     """Runs shapes on operands made beforehand: a weight for each product, keys and values for each attention."""
 
-    def __init__(self, shapes: list[Any], dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
         self._inputs: dict[tuple[int, ...], Tensor] = {}
         self._dtype = dtype
         self._work = [self._operands(shape) for shape in shapes]
@@ -121,11 +123,11 @@ class Bound:
         for shape, operands in self._work:
             match shape:
                 case Product():
-                    F.linear(*operands)
+                    F.linear(operands[0], operands[1])
                 case Attention():
-                    F.scaled_dot_product_attention(*operands)
+                    F.scaled_dot_product_attention(operands[0], operands[1], operands[2])
                 case Convolution():
-                    F.conv2d(*operands, padding=shape.padding)
+                    F.conv2d(operands[0], operands[1], padding=shape.padding)
 
     def _operands(self, shape: Shape) -> tuple[Shape, tuple[Tensor, ...]]:
         match shape:

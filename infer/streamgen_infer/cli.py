@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from streamgen.errors import UserError
+from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts
 
 DEBUG = "STREAMGEN_DEBUG"
@@ -29,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _end(MISTAKE, str(error))
         except KeyboardInterrupt:
             return _end(INTERRUPTED, "interrupted")
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again when it flushes at its end
-            return _end(FAILED, "the reader of stdout went away")
+        except Failure as error:
+            return _end(FAILED, str(error))
         except OSError as error:
-            return _end(FAILED, _os_error(error))
+            name = f"{error.filename}: " if error.filename else ""
+            return _end(FAILED, f"{name}{error.strerror or error} (errno {error.errno})")
         except Exception as error:  # noqa: BLE001 (the program's last door: whatever failed becomes one line)
             hint = "" if os.environ.get(DEBUG) else f" ({DEBUG}=1 shows where)"
             return _end(FAILED, f"{type(error).__name__}: {error}{hint}")
@@ -62,11 +63,6 @@ def _distill(arguments: list[str]) -> int:
 def _need_hydra(command: str) -> None:
     if importlib.util.find_spec("hydra") is None:
         raise UserError(f"{command} needs hydra-core, which is not installed: pip install 'streamgen[train]'")
-
-
-def _os_error(error: OSError) -> str:
-    name = f"{error.filename}: " if error.filename else ""
-    return f"{name}{error.strerror or error} (errno {error.errno})"
 
 
 def _end(code: int, message: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Interrupts:
     @contextmanager
     def installed(self) -> Iterator[Interrupts]:
         """Both signals are handled here during the body."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        at_home = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS if at_home}
         try:
             yield self
         finally:

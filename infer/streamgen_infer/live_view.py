@@ -100,9 +100,8 @@ class Live:
         from rich.live import Live as RichLive
 
         self._console = Console(stderr=True, highlight=False, markup=False)
-        self._live = RichLive(console=self._console, auto_refresh=False, transient=True)
+        self._live = RichLive(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
         self._last_s = 0.0
-        self._live.start()
 
     def note(self, line: str) -> None:
         self._console.print(line)
@@ -110,11 +109,12 @@ class Live:
     def update(self, status: Status) -> None:
         if time.monotonic() - self._last_s >= REFRESH_S:
             self._last_s = time.monotonic()
+            self._live.start()  # not before: it hides the cursor, and a signal while loading ends the process at once
             self._live.update(self._drawn(status), refresh=True)
 
     def _drawn(self, status: Status) -> RenderableType:
-        from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
         endless = math.isinf(status.total_s)
@@ -124,10 +124,11 @@ class Live:
             width=min(72, self._console.width),
             pulse=endless,
         )
-        lines = (Text(status.figures()), Text(one_line(status.prompt), style="italic"))
-        for line in lines:
-            line.truncate(self._console.width, overflow="ellipsis")
-        return Group(bar, *lines)
+        rows = Table.grid()
+        for row in (bar, Text(status.figures()), Text(one_line(status.prompt), style="italic")):
+            rows.add_row(row)
+        rows.columns[0].no_wrap = True
+        return rows
 
     def close(self) -> None:
         self._live.stop()

@@ -12,6 +12,7 @@ from typing import Any
 
 from streamgen.errors import UserError
 from streamgen_infer import machine
+from streamgen_infer.errors import Failure
 
 KEPT_SAMPLES = 4096
 COMPARED = (20, 2000)  # blocks whose neighbourhood's medians tell whether a long stream slows down
@@ -142,5 +143,7 @@ def write_report(path: Path, values: Mapping[str, Any]) -> None:
     try:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
         temporary.replace(path)
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror} (errno {error.errno})") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,26 +8,25 @@ Every sink takes one block at a time: uint8 RGB [frames, height, width, 3].
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING
 
 from streamgen.errors import UserError
+from streamgen_infer.encoders import ENCODERS, Encoder, Pngs, Video
+from streamgen_infer.errors import Failure
 
 if TYPE_CHECKING:
     import numpy as np
 
-SUFFIXES = (".mp4", ".webm", ".gif", ".y4m")
+SUFFIXES = tuple(ENCODERS)
 STDOUT = "-"
 GIF_MAX_FPS = 50  # viewers slow a shorter delay than 2/100 s down to 1/10 s
 MAX_SIDE = 8192
@@ -47,29 +46,16 @@ class Output:
         return "stdout" if self.suffix == STDOUT else str(self.path)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Video:
-    """The shape of what is written."""
-
-    height: int
-    width: int
-    fps: float
-
-    @property
-    def rate(self) -> Fraction:
-        return Fraction(self.fps).limit_denominator(1001)
-
-
 # Before anything is loaded.
 
 
 def check_output(out: str | None, *, fps: float | None, overwrite: bool) -> Output:
-    """What `--out` means; UserError for what cannot be written. None: the first free one of stream.mp4, stream-2.mp4 ..."""
+    """What `--out` means; UserError for what cannot be written. None: a new stream.mp4 or stream-2.mp4 ..."""
     if out == "":
         raise UserError("--out is empty: name a file, a folder or - for stdout")
     if out == STDOUT:
         if sys.stdout.isatty():
-            raise UserError("--out - writes raw video to stdout, and stdout is a terminal: add | ffplay - or > video.y4m")
+            raise UserError("--out - writes raw video to stdout, which is a terminal: add | ffplay - or > video.y4m")
         return Output(path=Path(STDOUT), suffix=STDOUT, overwrite=overwrite)
     try:
         path = _free_name() if out is None else Path(out)
@@ -89,7 +75,7 @@ def _check_path(path: Path, suffix: str, fps: float | None, overwrite: bool) -> 
     if suffix and suffix not in SUFFIXES:
         raise UserError(f"--out {path}: cannot write {suffix} files; choose {', '.join(SUFFIXES)}, a folder or -")
     if suffix == ".gif" and fps is not None and fps > GIF_MAX_FPS:
-        raise UserError(f"--out {path}: a GIF plays at most {GIF_MAX_FPS} frames per second; take .mp4 or a lower --fps")
+        raise UserError(f"--out {path}: a GIF plays at most {GIF_MAX_FPS} frames per second; take .mp4 or less")
     check_place(path, "--out")
     if suffix:
         if path.is_dir():
@@ -133,204 +119,19 @@ def _check_encoder(suffix: str) -> None:
     try:
         import av
     except ImportError as error:
-        raise UserError(f"{suffix} files need PyAV (ffmpeg), and it does not load ({error}): pip install av, {other}") from error
+        raise UserError(
+            f"{suffix} needs PyAV (ffmpeg), which does not load ({error}): pip install av, {other}"
+        ) from error
     try:
         av.Codec(encoder, "w")
     except av.error.FFmpegError as error:
-        raise UserError(f"this PyAV has no {encoder}, which {suffix} files need: pip install --upgrade av, {other}") from error
-
-
-# Encoders: one block of frames -> bytes in a file.
-
-
-class Encoder(Protocol):
-    def write(self, frames_rgb_u8: np.ndarray) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class _Mp4:
-    """H.264 in a fragmented MP4 (ISO 14496-12, 8.8): the header, then for each block one fragment with its keyframe.
-
-    A muxer writes a fragment when it meets the next one's first packet, too late for a kill. So each block goes through
-    a muxer of its own, whose header is dropped and whose fragment is put at its place in time.
-    """
-
-    FLAGS = "frag_custom+empty_moov+default_base_moof"
-
-    def __init__(self, file: IO[bytes], video: Video) -> None:
-        import av
-
-        self.file, self.fragments, self.frames = file, 0, 0
-        header = io.BytesIO()
-        self.container: Any = av.open(header, "w", format="mp4", options={"movflags": self.FLAGS})
-        options = {"preset": "veryfast", "tune": "zerolatency", "crf": "16", "forced-idr": "1"}
-        self.stream = _add_stream(self.container, "libx264", video, options)
-        self.container.start_encoding()
-        file.write(header.getvalue())
-        self.ticks = int(1 / (video.rate * self.stream.time_base))  # of a frame
-
-    def write(self, frames_rgb_u8: np.ndarray) -> None:
-        start, packets = self.frames, []
-        for index, frame in enumerate(_even(frames_rgb_u8)):
-            packets += self.stream.encode(_av_frame(frame, self.frames, self.stream, keyframe=index == 0))
-            self.frames += 1
-        self._fragment(start, packets)
-
-    def finish(self) -> None:
-        rest = self.stream.encode()
-        assert not rest, f"the encoder kept {len(rest)} packets, tune=zerolatency keeps none"
-
-    def _fragment(self, start: int, packets: list[Any]) -> None:
-        import av
-
-        self.fragments += 1
-        memory = io.BytesIO()
-        options = {"movflags": self.FLAGS + "+skip_trailer", "fragment_index": str(self.fragments)}
-        with av.open(memory, "w", format="mp4", options=options) as muxer:
-            target = muxer.add_stream_from_template(self.stream)
-            for packet in packets:
-                packet.stream = target
-                muxer.mux(packet)
-        data = memory.getvalue()
-        data = bytearray(data[data.index(b"moof") - 4 :])
-        time = data.index(b"tfdt") + 8  # version 1: 8 bytes of flags and name, then 64 bits of decode time
-        data[time : time + 8] = (start * self.ticks).to_bytes(8, "big")
-        self.file.write(data)
-
-
-class _WebM:
-    """VP9; clusters of half a second: a killed file may lack its last block."""
-
-    def __init__(self, file: IO[bytes], video: Video) -> None:
-        import av
-
-        options = {"cluster_time_limit": "500", "flush_packets": "1"}
-        self.container: Any = av.open(file, "w", format="webm", options=options)
-        codec = {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0", "crf": "20", "b": "0"}
-        self.stream = _add_stream(self.container, "libvpx-vp9", video, codec)
-        self.frames = 0
-
-    def write(self, frames_rgb_u8: np.ndarray) -> None:
-        for index, frame in enumerate(_even(frames_rgb_u8)):
-            self.container.mux(self.stream.encode(_av_frame(frame, self.frames, self.stream, keyframe=index == 0)))
-            self.frames += 1
-
-    def finish(self) -> None:
-        self.container.mux(self.stream.encode())
-        self.container.close()
-
-
-class _Gif:
-    """One palette of 256 colours for each block; time is rounded to 1/100 s without drift."""
-
-    def __init__(self, file: IO[bytes], video: Video) -> None:
-        self.file, self.video, self.frames = file, video, 0
-        size = video.width.to_bytes(2, "little") + video.height.to_bytes(2, "little")
-        file.write(b"GIF89a" + size + b"\x70\x00\x00" + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # loops for ever
-
-    def write(self, frames_rgb_u8: np.ndarray) -> None:
-        from PIL import Image
-        from PIL.GifImagePlugin import getdata
-
-        height, width = self.video.height, self.video.width
-        tall = Image.fromarray(frames_rgb_u8.reshape(-1, width, 3))
-        tall = tall.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        for index in range(len(frames_rgb_u8)):
-            frame = tall.crop((0, index * height, width, (index + 1) * height))
-            now, after = (round(100 * (self.frames + i) / self.video.fps) for i in (0, 1))
-            self.file.write(b"".join(getdata(frame, duration=10 * (after - now), include_color_table=True)))
-            self.frames += 1
-
-    def finish(self) -> None:
-        self.file.write(b";")
-
-
-class _Y4m:
-    """Raw video with a header for each frame; 4:4:4, so that any size works and no colour is averaged away."""
-
-    def __init__(self, file: IO[bytes], video: Video) -> None:
-        import numpy as np
-
-        self.file = file
-        red, green, blue = 0.299, 0.587, 0.114  # ITU-R BT.601, studio range
-        rows = np.array([[red, green, blue], [-red, -green, 1 - blue], [1 - red, -green, -blue]])
-        rows *= np.array([219, 112 / (1 - blue), 112 / (1 - red)])[:, None] / 255
-        self.matrix, self.offset = rows.astype(np.float32), np.array([16.5, 128.5, 128.5], np.float32)[:, None]
-        rate = video.rate
-        head = f"YUV4MPEG2 W{video.width} H{video.height} F{rate.numerator}:{rate.denominator} Ip A1:1 C444\n"
-        file.write(head.encode())
-
-    def write(self, frames_rgb_u8: np.ndarray) -> None:
-        for frame in frames_rgb_u8:
-            planes = self.matrix @ frame.reshape(-1, 3).T + self.offset
-            self.file.write(b"FRAME\n" + planes.astype("uint8").tobytes())
-
-    def finish(self) -> None:
-        return
-
-
-class _Pngs:
-    """000000.png, 000001.png, ... in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.frames = folder, 0
-
-    def write(self, frames_rgb_u8: np.ndarray) -> None:
-        from PIL import Image
-
-        for frame in frames_rgb_u8:
-            Image.fromarray(frame).save(self.folder / f"{self.frames:06d}.png", compress_level=1)
-            self.frames += 1
-
-    def finish(self) -> None:
-        return
-
-
-ENCODERS: dict[str, Callable[[IO[bytes], Video], Encoder]] = {
-    ".mp4": _Mp4,
-    ".webm": _WebM,
-    ".gif": _Gif,
-    ".y4m": _Y4m,
-    STDOUT: _Y4m,
-}
-
-
-def _add_stream(container: Any, codec: str, video: Video, options: dict[str, str]) -> Any:
-    stream = container.add_stream(codec, rate=video.rate, options=options)
-    stream.width, stream.height = (side + side % 2 for side in (video.width, video.height))
-    stream.pix_fmt = "yuv420p"
-    context = stream.codec_context
-    context.gop_size = 10**6  # keyframes where blocks begin, nowhere else
-    context.thread_count = 1 if video.width * video.height <= 640 * 360 else 0
-    context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 6, 6, 6  # BT.601
-    return stream
-
-
-def _av_frame(frame_rgb_u8: np.ndarray, index: int, stream: Any, *, keyframe: bool) -> Any:
-    import av
-    from av.video.frame import PictureType
-
-    frame = av.VideoFrame.from_ndarray(frame_rgb_u8, format="rgb24")
-    frame = frame.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
-    frame.pts, frame.time_base = index, 1 / stream.codec_context.rate
-    if keyframe:
-        frame.pict_type = PictureType.I
-    return frame
-
-
-def _even(frames_rgb_u8: np.ndarray) -> np.ndarray:
-    """4:2:0 needs even sides: the last row and column are repeated where they are odd."""
-    import numpy as np
-
-    height, width = frames_rgb_u8.shape[1:3]
-    return np.pad(frames_rgb_u8, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        raise UserError(f"{suffix} needs {encoder}, which this PyAV lacks: upgrade av, {other}") from error
 
 
 # Sinks.
 
 
-class WriteError(OSError):
+class WriteError(Failure):
     """The output could not be written; what was written before is kept."""
 
 
@@ -341,11 +142,12 @@ class Sink:
         self.output, self.scale = output, scale
         self.video = Video(height=video.height * scale, width=video.width * scale, fps=video.fps)
         if max(self.video.height, self.video.width) > MAX_SIDE:
-            raise UserError(f"--scale {scale} makes frames of {self.video.width}x{self.video.height}; at most {MAX_SIDE}")
+            raise UserError(f"--scale {scale} gives {self.video.width}x{self.video.height}; at most {MAX_SIDE} a side")
         self.frames = 0
         self.part: Path | None = None
         self._file: IO[bytes] | None = None
         self._encoder: Encoder | None = None
+        self._whole_bytes = 0
 
     def write(self, frames_rgb_u8: np.ndarray) -> None:
         """Add one block; it is in the file when this returns. WriteError names the file and the reason."""
@@ -355,8 +157,7 @@ class Sink:
             self._encoder.write(frames_rgb_u8.repeat(self.scale, 1).repeat(self.scale, 2))
             if self._file is not None:
                 self._file.flush()
-        except BrokenPipeError:
-            raise
+                self._whole_bytes = 0 if self.part is None else self._file.tell()
         except OSError as error:
             raise self._lost(error) from error
         self.frames += len(frames_rgb_u8)
@@ -373,8 +174,6 @@ class Sink:
             elif self._file is not None:
                 self._file.close()
             return None if self.part is None else self._take_name(self.part)
-        except BrokenPipeError:
-            raise
         except OSError as error:
             raise self._lost(error) from error
 
@@ -385,8 +184,8 @@ class Sink:
             self.part, self._file = _new_part(self.output.path)
         else:
             self.part = _new_part_folder(self.output.path)
-            return _Pngs(self.part)
-        return ENCODERS[self.output.suffix](self._file, self.video)
+            return Pngs(self.part)
+        return ENCODERS[".y4m" if self.output.suffix == STDOUT else self.output.suffix](self._file, self.video)
 
     def _take_name(self, part: Path) -> Path:
         target = self.output.path
@@ -400,12 +199,21 @@ class Sink:
 
     def _lost(self, error: OSError) -> WriteError:
         self._encoder = None
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again when it flushes at its end
+            return WriteError("the reader of stdout went away")
         if self._file is not None:
             with suppress(OSError):  # the same failure again, for the bytes still in the buffer
                 self._file.close()
-        kept = f"; {self.frames} frames are kept in {self.part}" if self.part is not None and self.frames else ""
+            if self.part is not None:
+                os.truncate(self.part, self._whole_bytes)  # the block that did not fit
+        kept = ""
+        if self.part is not None and self.frames:
+            kept = f"; {self.frames} frames are kept in {self.part}"
+        elif self._file is not None and self.part is not None:
+            self.part.unlink()
         reason = f"{error.strerror or error} (errno {error.errno})"
-        return WriteError(error.errno, f"cannot write {self.part or self.output.name}: {reason}{kept}")
+        return WriteError(f"cannot write {self.output.name}: {reason}{kept}")
 
 
 def _new_part(target: Path) -> tuple[Path, IO[bytes]]:

@@ -1,19 +1,17 @@
 """`streamgen stream`: a prompt and its successors into a video, on one device, one block after the other.
 
-All that can be known without the model is checked before it is loaded. `make` is the loop: block -> sink -> view.
+`_Run.make` is the loop: block -> sink -> view.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,61 +19,18 @@ from typing import TYPE_CHECKING, Any
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer import machine
+from streamgen_infer.encoders import Video
+from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
-from streamgen_infer.live_view import Status, View, one_line, open_view, warn
-from streamgen_infer.report import StreamFigures, check_report, write_report
-from streamgen_infer.sinks import STDOUT, Output, Sink, Video, check_output, check_place
+from streamgen_infer.live_view import Status, View, open_view, warn
+from streamgen_infer.report import StreamFigures, write_report
+from streamgen_infer.sinks import STDOUT, Sink
+from streamgen_infer.stream_options import Options, Request, check
 
 if TYPE_CHECKING:
     from streamgen.pipeline import Stream, StreamPipeline
 
-SCHEDULES = ("serial",)
-CACHES = ("relative", "window")
-TRANSITIONS = ("cut", "recache", "blend", "scene")
-DTYPES = ("auto", "fp32", "bf16")
-MAX_SECONDS = 1e7
-MAX_FPS = 240
-MAX_STEPS = 1000
-MAX_SCALE = 32
 NAP_S = 0.02  # a signal waits no longer for the pacer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The command's arguments, as typed."""
-
-    prompt: str | None = None
-    switch: tuple[str, ...] = ()
-    seconds: str = "8"
-    seed: int | None = None
-    out: str | None = None
-    model: str = "sprites"
-    steps: int | None = None
-    schedule: str = "serial"
-    cache: str | None = None
-    transition: str = "recache"
-    fps: float | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    threads: int | None = None
-    scale: int = 1
-    realtime: bool = False
-    report: Path | None = None
-    save_state: Path | None = None
-    resume: Path | None = None
-    overwrite: bool = False
-    quiet: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Options that make sense."""
-
-    options: Options
-    seconds: float
-    """May be inf."""
-    switches: tuple[tuple[float, str], ...]
-    output: Output
 
 
 def run(options: Options, interrupts: Interrupts) -> int:
@@ -86,100 +41,6 @@ def run(options: Options, interrupts: Interrupts) -> int:
         return _stream(request, view, interrupts)
     finally:
         view.close()
-
-
-# Before the model is loaded.
-
-
-def check(options: Options) -> Request:
-    """UserError for everything that can be refused without the model."""
-    if options.prompt is None and options.resume is None:
-        raise UserError("name a prompt: streamgen stream 'a red star spinning over a snow background'")
-    if options.prompt is not None and not options.prompt.strip():
-        raise UserError("the prompt is empty; describe a scene, e.g. 'a red star spinning over a snow background'")
-    seconds = parse_seconds(options.seconds)
-    for name, value, low, high in (
-        ("--seed", options.seed, 0, 2**64 - 1),
-        ("--steps", options.steps, 1, MAX_STEPS),
-        ("--fps", options.fps, 1, MAX_FPS),
-        ("--threads", options.threads, 1, 1024),
-        ("--scale", options.scale, 1, MAX_SCALE),
-    ):
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{name} is {value}; it must be {low} to {high}")
-    for name, choice, known in (
-        ("--schedule", options.schedule, SCHEDULES),
-        ("--cache", options.cache, CACHES),
-        ("--transition", options.transition, TRANSITIONS),
-        ("--dtype", options.dtype, DTYPES),
-    ):
-        if choice is not None and choice not in known:
-            raise UserError(f"{name} {choice!r} does not exist; there are: {', '.join(known)}")
-    check_device(options.device)
-    switches = parse_switches(options.switch, seconds)
-    output = check_output(options.out, fps=options.fps, overwrite=options.overwrite)
-    _check_files(options, output)
-    return Request(options=options, seconds=seconds, switches=switches, output=output)
-
-
-def parse_seconds(text: str) -> float:
-    """Seconds of video, or inf."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise UserError(f"--seconds {text!r} is no number; give seconds of video, or inf") from None
-    if math.isnan(seconds) or seconds <= 0:
-        raise UserError(f"--seconds is {text}; it must be above 0")
-    if MAX_SECONDS < seconds < math.inf:
-        raise UserError(f"--seconds is {text}; at most {MAX_SECONDS:.0f} (116 days), or inf to run until Ctrl-C")
-    return seconds
-
-
-def parse_switches(items: tuple[str, ...], seconds: float) -> tuple[tuple[float, str], ...]:
-    """"SECONDS=PROMPT", in the order of their time -> ((seconds, prompt), ...)."""
-    found: list[tuple[float, str]] = []
-    for item in items:
-        when, equals, prompt = item.partition("=")
-        try:
-            at_s = float(when) if equals else math.nan
-        except ValueError:
-            at_s = math.nan
-        if not math.isfinite(at_s):
-            raise UserError(f"--switch {one_line(item, 60)!r} is not SECONDS=PROMPT, e.g. '5=a blue ring rising'")
-        if not prompt.strip():
-            raise UserError(f"--switch {item!r}: the prompt after = is empty")
-        if at_s <= 0:
-            raise UserError(f"--switch at {when} s: it must be after 0 s, where PROMPT holds")
-        if at_s >= seconds:
-            raise UserError(f"--switch at {when} s is past the end of the video at {seconds:g} s")
-        if found and at_s <= found[-1][0]:
-            raise UserError(f"--switch at {when} s comes after the one at {found[-1][0]:g} s: give them in order of time")
-        found.append((at_s, prompt))
-    return tuple(found)
-
-
-def check_device(device: str) -> None:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
-        raise UserError(f"--device {device!r} does not exist; there are: cpu, cuda, cuda:N, mps")
-
-
-def _check_files(options: Options, output: Output) -> None:
-    """The other files can be written, none of the user's is replaced unasked, and no two are the same."""
-    if options.resume is not None and not options.resume.is_file():
-        raise UserError(f"--resume {options.resume}: there is no such file")
-    if options.report is not None:
-        check_place(options.report, "--report")
-        check_report(options.report, "--report", overwrite=options.overwrite)
-    if options.save_state is not None:
-        check_place(options.save_state, "--save-state")
-        continues = options.resume is not None and options.resume.resolve() == options.save_state.resolve()
-        if options.save_state.is_dir():
-            raise UserError(f"--save-state {options.save_state} is a folder; give a file")
-        if options.save_state.exists() and not continues and not options.overwrite:
-            raise UserError(f"--save-state {options.save_state} exists; choose another name or add --overwrite")
-    written = [p.resolve() for p in (output.path, options.report, options.save_state) if p is not None]
-    if len(set(written)) < len(written):
-        raise UserError("--out, --report and --save-state must be different files")
 
 
 # The model and the stream.
@@ -209,28 +70,50 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
     sink = Sink(request.output, Video(height=pipe.geometry.height, width=pipe.geometry.width, fps=fps), options.scale)
     figures = StreamFigures(fps=fps, accepted_s=accepted_s)
     run = _Run(request, stream, tail, sink, figures, view)
-    path = None
     with interrupts.deferred(stream.cancel) as stop:
+        path = None
         try:
             run.make(stop)
         finally:
             path = sink.close()
+        interrupted = stop.requested
+        view.close()
         if options.save_state is not None and stream.state.position:
             _save_state(stream, run.left_over, options.save_state)
-    interrupted = stop.requested
-    view.close()
-    values = {
-        "command": "stream",
-        "version": __version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "frames": sink.frames,
-        "seconds": sink.frames / fps,
-        "out": str(path or request.output.name),
-        "interrupted": interrupted,
-        "load_s": round(accepted_s - load_started_s, 4),
-        "ttff_cold_s": round(accepted_s - loaded_s, 4),
-        **figures.report(),
-        "process_start_to_first_frame_s": run.first_written_age_s,
+        where = str(path or request.output.name)
+        values = {
+            "command": "stream",
+            "version": __version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "frames": sink.frames,
+            "seconds": sink.frames / fps,
+            "out": where,
+            "interrupted": interrupted,
+            "load_s": round(accepted_s - load_started_s, 4),
+            "ttff_cold_s": round(accepted_s - loaded_s, 4),
+            **figures.report(),
+            "process_start_to_first_frame_s": run.first_written_age_s,
+            **_settings(request, stream),
+        }
+        if options.report is not None:
+            write_report(options.report, values)
+        if not options.quiet:
+            print(summary(values), file=sys.stderr if request.output.suffix == STDOUT else sys.stdout, flush=True)
+    if not interrupted:
+        return 0
+    kept = f"{sink.frames} frames are in {where}" if sink.frames else "there is no frame yet"
+    print(f"streamgen: interrupted; {kept}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _settings(request: Request, stream: Stream) -> dict[str, Any]:
+    """What the stream was made with."""
+    import torch
+
+    from streamgen.pipeline import DTYPES
+
+    options, pipe = request.options, stream.pipe
+    return {
         "model": options.model,
         "prompt": stream.timeline.prompts[0].prompt,
         "switches": [dataclasses.asdict(entry) for entry in stream.timeline.prompts[1:]],
@@ -238,22 +121,14 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
         "schedule": options.schedule,
         "cache": stream.state.cache.spec.policy,
         "transition": options.transition,
-        "media_fps": fps,
+        "media_fps": pipe.geometry.fps,
         "device": str(pipe.device),
-        "dtype": next(name for name, dtype in _dtypes().items() if dtype == pipe.dtype),
-        "threads": _threads(),
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == pipe.dtype),
+        "threads": torch.get_num_threads(),
         "seed": stream.state.seeds[0],
         "scale": options.scale,
         "realtime": options.realtime,
     }
-    if options.report is not None:
-        write_report(options.report, values)
-    if not options.quiet:
-        print(summary(values), file=sys.stderr if request.output.suffix == STDOUT else sys.stdout, flush=True)
-    if interrupted:
-        kept = f"{sink.frames} frames are kept in {path or request.output.name}" if sink.frames else "there is no frame yet"
-        print(f"streamgen: interrupted; {kept}", file=sys.stderr)
-    return INTERRUPTED if interrupted else 0
 
 
 def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] | None) -> tuple[Stream, Any]:
@@ -262,7 +137,9 @@ def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] |
     tail = None
     if saved is None:
         assert options.prompt is not None
-        stream = pipe.stream(options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache or "relative")
+        stream = pipe.stream(
+            options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache or "relative"
+        )
         shown_s = 0.0
     else:
         stream = pipe.resume(saved)
@@ -367,7 +244,10 @@ def _save_state(stream: Stream, left_over: Any, path: Path) -> None:
     state = stream.state_dict()
     if left_over is not None:
         state["tail"] = torch.from_numpy(left_over.copy())
-    save_tree(state, path, STATE_MARK)
+    try:
+        save_tree(state, path, STATE_MARK)
+    except UserError as error:  # what the user could have done better was said before the stream began
+        raise Failure(str(error)) from error
 
 
 @contextmanager
@@ -379,18 +259,6 @@ def _spoken_warnings(silent: bool = False) -> Iterator[None]:
     for line in dict.fromkeys(str(warning.message) for warning in caught):
         if not silent:
             warn(line)
-
-
-def _dtypes() -> dict[str, Any]:
-    from streamgen.pipeline import DTYPES as known
-
-    return known
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def summary(values: dict[str, Any]) -> str:

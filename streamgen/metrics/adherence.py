@@ -23,9 +23,7 @@ WINDOW_S = 2.0
 SWITCH_STEP_FRAMES = 4
 
 
-def adherence(
-    clips: Sequence[Frames], captions: Sequence[sprites.Caption], fps: float = 16.0
-) -> dict[str, float]:
+def adherence(clips: Sequence[Frames], captions: Sequence[sprites.Caption], fps: float = 16.0) -> dict[str, float]:
     """Share of clips right in each attribute and in 'obeys' (all but size), mean presence, and n.
 
     Each clip is one window of about 2 s. 'size' is over the captions whose size can be read (not
@@ -61,7 +59,7 @@ def by_segment(
 def switch_latency(
     frames: Frames, caption_after: sprites.Caption, switch_frame: int, fps: float = 16.0
 ) -> float | None:
-    """Seconds from a switch to the start of the first 2 s that obey the new caption, None if none do.
+    """Seconds from a switch to the start of the first 2 s that obey the new caption, if any do.
 
     Windows are stepped by SWITCH_STEP_FRAMES, so 0 means that the stream obeys from the switch on.
     """
@@ -73,9 +71,7 @@ def switch_latency(
     return None
 
 
-def nulls(
-    clips: Sequence[Frames], captions: Sequence[sprites.Caption], fps: float = 16.0
-) -> dict[str, float]:
+def nulls(clips: Sequence[Frames], captions: Sequence[sprites.Caption], fps: float = 16.0) -> dict[str, float]:
     """'obeys' that is worth nothing: 'shuffled', the clips against each other's captions, and
     'background_only', noise-free video of the captions' backgrounds."""
     readings = [checker.check(clip, fps) for clip in clips]
@@ -100,25 +96,15 @@ def _deranged(captions: Sequence[sprites.Caption]) -> list[sprites.Caption]:
             out[target] = captions[source]
         if all(a != b for a, b in zip(out, captions, strict=True)):
             return out
-    raise ValueError(
-        f"{len(captions)} captions cannot be shuffled so that all change; give distinct ones"
-    )
+    raise ValueError(f"{len(captions)} captions cannot be shuffled so that all change; give distinct ones")
 
 
-def _score(
-    readings: Sequence[checker.Reading], captions: Sequence[sprites.Caption]
-) -> dict[str, float]:
+def _score(readings: Sequence[checker.Reading], captions: Sequence[sprites.Caption]) -> dict[str, float]:
     if len(readings) != len(captions) or not readings:
-        raise ValueError(
-            f"{len(readings)} clips and {len(captions)} captions; give one caption per clip"
-        )
+        raise ValueError(f"{len(readings)} clips and {len(captions)} captions; give one caption per clip")
     verdicts = [checker.obeys(r, c) for r, c in zip(readings, captions, strict=True)]
     out = {a: float(np.mean([v[a] for v in verdicts])) for a in (*sprites.ATTRIBUTES, "obeys")}
-    sized = [
-        v["size"]
-        for v, c in zip(verdicts, captions, strict=True)
-        if c.motion not in checker.SIZELESS_MOTIONS
-    ]
+    sized = [v["size"] for v, c in zip(verdicts, captions, strict=True) if c.motion not in checker.SIZELESS_MOTIONS]
     out["size"] = float(np.mean(sized)) if sized else math.nan
     out["presence"] = float(np.mean([r.presence for r in readings]))
     out["n"] = len(readings)

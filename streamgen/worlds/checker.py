@@ -37,9 +37,7 @@ STILL_SHAPES = ("circle", "ring")  # spinning, they look still
 PRESENCE_SHARE, BOTH_SHARE = 0.90, 0.85
 
 _MAX_BACKGROUND_ERROR = 45.0  # mean colour distance beyond which it is none of the five
-_BACKGROUND_SHARE = (
-    0.75  # of the pixels, the nearest ones: a sprite that stays in place covers less than the rest
-)
+_BACKGROUND_SHARE = 0.75  # of the pixels, the nearest ones: a sprite that stays in place covers less than the rest
 _MEDIAN_TRUST = 30.0  # the clip's own median is the background where the two are this close
 _MAX_FLICKER = 25.0  # by which the tone of a whole frame may differ from the clip's
 _SMOOTH_THRESHOLD, _RAW_THRESHOLD = 26.0, 46.0
@@ -57,9 +55,9 @@ _COHERENCE = 0.75
 class Reading:
     """What a window shows; None is 'nothing of the grammar'.
 
-    A still circle or ring reads 'spinning'. size is None while the sprite grows or shrinks. presence is
-    the share of frames with at least one sprite, both the share with two, frames in which two sprites
-    touch set aside.
+    A still circle or ring reads 'spinning'. size is None while the sprite grows or shrinks.
+    presence is the share of frames with at least one sprite, both the share with two, frames in
+    which two sprites touch set aside.
     """
 
     count: str | None = None
@@ -103,21 +101,20 @@ def check(frames_rgb_u8: Array | Tensor, fps: float = 16.0) -> Reading:
 
 
 def is_present(reading: Reading, count: str) -> bool:
-    """The presence rule: sprites gone for part of the window do not obey, whatever the rest shows."""
+    """The presence rule: sprites gone for part of the window do not obey, whatever else is so."""
     return reading.presence >= PRESENCE_SHARE and (count != "two" or reading.both >= BOTH_SHARE)
 
 
 def obeys(reading: Reading, caption: sprites.Caption) -> dict[str, bool]:
     """Which attributes of the caption the window shows; 'obeys' is all of them but size.
 
-    If the sprites are not present (see `is_present`) everything but the background is wrong. The size
-    of sprites that grow or shrink cannot be read: it is not applicable, given as right if they are
-    present, and left out of averages (`SIZELESS_MOTIONS`).
+    Unless the sprites are present (see `is_present`) everything but the background is wrong. The
+    size of sprites that grow or shrink cannot be read: it is not applicable, given as right if they
+    are present, and left out of averages (`SIZELESS_MOTIONS`).
     """
     present = is_present(reading, caption.count)
     right = {
-        a: getattr(reading, a) == getattr(caption, a) and (present or a == "background")
-        for a in sprites.ATTRIBUTES
+        a: getattr(reading, a) == getattr(caption, a) and (present or a == "background") for a in sprites.ATTRIBUTES
     }
     if caption.motion in SIZELESS_MOTIONS:
         right["size"] = present
@@ -130,19 +127,13 @@ def obeys(reading: Reading, caption: sprites.Caption) -> dict[str, bool]:
 
 def _planar(frames_rgb_u8: Array | Tensor) -> Array:
     """uint8 [T, H, W, 3] -> float32 [3, T, S, S], box-averaged to about WORKING_SIDE."""
-    frames = (
-        frames_rgb_u8.cpu().numpy()
-        if isinstance(frames_rgb_u8, Tensor)
-        else np.asarray(frames_rgb_u8)
-    )
+    frames = frames_rgb_u8.cpu().numpy() if isinstance(frames_rgb_u8, Tensor) else np.asarray(frames_rgb_u8)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[1] != frames.shape[2]:
         raise ValueError(f"frames have shape {frames.shape}; allowed: [T, side, side, 3]")
     if frames.dtype != np.uint8:
         raise ValueError(f"frames have dtype {frames.dtype}; allowed: uint8, see sprites.to_uint8")
     if len(frames) < MIN_FRAMES:
-        raise ValueError(
-            f"{len(frames)} frames; at least {MIN_FRAMES} are needed, best are 2 seconds"
-        )
+        raise ValueError(f"{len(frames)} frames; at least {MIN_FRAMES} are needed, best are 2 seconds")
     video = np.ascontiguousarray(frames.transpose(3, 0, 1, 2), dtype=np.float32)
     side = frames.shape[1]
     factor = next(f for f in range(max(side // WORKING_SIDE, 1), 0, -1) if side % f == 0)
@@ -171,9 +162,7 @@ def _box3(planes: Array) -> Array:
 @lru_cache(maxsize=4)
 def _nominal(side: int) -> Array:
     """The five backgrounds, float32 [5, 3, S, S]."""
-    return torch.stack(
-        [sprites.background_image(name, side) for name in sprites.BACKGROUNDS]
-    ).numpy()
+    return torch.stack([sprites.background_image(name, side) for name in sprites.BACKGROUNDS]).numpy()
 
 
 def _backdrop(video: Array) -> tuple[str | None, Array]:
@@ -205,7 +194,7 @@ def _retoned(image: Array, seen: Array, where: Array) -> Array:
 
 
 def _spread(values: Array, where: Array) -> Array:
-    """Mean of values [3, S, S] over the pixels `where` in a box of a quarter side; zero without any."""
+    """Mean of values [3, S, S] over the pixels `where` up to S / 8 away; zero without any."""
     side = values.shape[-1]
     index = np.arange(side)
     window = (np.abs(index[:, None] - index) <= side // 8).astype(np.float32)
@@ -242,9 +231,9 @@ def _distance2(video: Array, image: Array) -> Array:
 
 
 def _foreground(video: Array, backdrop: Array) -> tuple[Array, Array]:
-    """Sprite pixels, bool [T, S, S], and the colour distance of pixels from the background [T, S, S].
+    """Sprite pixels (bool) and the colour distance of pixels from the background, both [T, S, S].
 
-    Of a sprite is where the smoothed frame differs or one pixel differs much; small gaps are closed.
+    A sprite is where the smoothed frame differs or one pixel differs much; small gaps are closed.
     """
     contrast = np.sqrt(np.maximum(_distance2(video, backdrop), 0))
     mask = _distance2(_box3(video), _box3(backdrop)) > _SMOOTH_THRESHOLD**2
@@ -279,8 +268,9 @@ class _Blobs:
 def _components(mask: Array) -> tuple[Array, Array, int]:
     """Flat indices of the set pixels of [T, S, S], the region of each, and the number of regions.
 
-    Runs of pixels in a row are joined with the runs that touch them (also diagonally) in the next row
-    and with the run at the other end of their own row: every frame is a torus, since sprites wrap.
+    Runs of pixels in a row are joined with the runs that touch them (also diagonally) in the next
+    row and with the run at the other end of their own row: every frame is a torus, since sprites
+    wrap.
     """
     num_frames, side, _ = mask.shape
     padded = np.zeros((num_frames * side, side + 2), np.int8)
@@ -295,11 +285,7 @@ def _components(mask: Array) -> tuple[Array, Array, int]:
     high = np.searchsorted(row * pitch + start, below * pitch + end, "right")
     touching = np.maximum(high - low, 0)
     upper = np.repeat(np.arange(runs), touching)
-    lower = (
-        np.arange(len(upper))
-        - np.repeat(np.cumsum(touching) - touching, touching)
-        + np.repeat(low, touching)
-    )
+    lower = np.arange(len(upper)) - np.repeat(np.cumsum(touching) - touching, touching) + np.repeat(low, touching)
     left, right = np.nonzero(start == 0)[0], np.nonzero(end == side)[0]
     at_left = np.full(num_frames * side, -1)
     at_left[row[left]] = left
@@ -322,7 +308,7 @@ def _components(mask: Array) -> tuple[Array, Array, int]:
 
 
 def _blobs(mask: Array, contrast: Array) -> _Blobs:
-    """Regions of mask [T, S, S]; parts up to two pixels apart are one: faint rings fall to pieces."""
+    """Regions of mask [T, S, S]; parts two pixels apart are one, as faint rings fall to pieces."""
     side = mask.shape[-1]
     pixel, owner, number = _components(_grow(mask))
     shown = mask.reshape(-1)[pixel]
@@ -335,7 +321,7 @@ def _blobs(mask: Array, contrast: Array) -> _Blobs:
     first = np.unique(owner, return_index=True)[1]
     centre, spread = [], np.zeros(len(pixels))
     for coordinate in (pixel % side, pixel // side % side):
-        # Relative to a pixel of the blob, the short way around: blobs are smaller than half a frame.
+        # Relative to one of its pixels, the short way around: blobs are smaller than half a frame.
         anchor = coordinate[first]
         offset = (coordinate - anchor[owner] + side // 2) % side - side // 2
         mean = np.bincount(owner, offset, len(pixels)) / pixels
@@ -347,7 +333,8 @@ def _blobs(mask: Array, contrast: Array) -> _Blobs:
     return _Blobs(
         pixel[first] // (side * side),
         pixels / side**2,
-        x, y,
+        x,
+        y,
         gyration,
         mean_contrast,
         pixel,
@@ -360,11 +347,7 @@ def _per_frame(blobs: _Blobs, num_frames: int) -> tuple[Array, Array]:
     order = np.lexsort((-blobs.area, blobs.frame))
     frame = blobs.frame[order]
     first = np.searchsorted(frame, np.arange(num_frames))
-    largest = (
-        blobs.area[order][np.minimum(first, max(len(order) - 1, 0))]
-        if len(order)
-        else np.zeros(num_frames)
-    )
+    largest = blobs.area[order][np.minimum(first, max(len(order) - 1, 0))] if len(order) else np.zeros(num_frames)
     real = blobs.area[order] >= _MIN_AREA_RATIO * largest[frame]
     number = np.bincount(frame[real], minlength=num_frames)
     slots = np.full((num_frames, 2), -1)
@@ -375,7 +358,7 @@ def _per_frame(blobs: _Blobs, num_frames: int) -> tuple[Array, Array]:
 
 
 def _both(number: Array, slots: Array, blobs: _Blobs) -> float:
-    """Share of frames with two sprites; a lone blob as large as both were nearby is two that touch."""
+    """Share of frames with two sprites, not counting those where one blob is as large as both."""
     pairs, lone = np.nonzero(number >= 2)[0], np.nonzero(number == 1)[0]
     if not len(pairs):
         return 0.0
@@ -397,10 +380,7 @@ def _tracks(slots: Array, number: Array, blobs: _Blobs, sprites_shown: int) -> A
     last = None
     for t in np.nonzero(number >= 2)[0]:
         here = np.stack([blobs.x[slots[t]], blobs.y[slots[t]]], 1)
-        if (
-            last is not None
-            and np.abs(_wrap(here - last)).sum() > np.abs(_wrap(here[::-1] - last)).sum()
-        ):
+        if last is not None and np.abs(_wrap(here - last)).sum() > np.abs(_wrap(here[::-1] - last)).sum():
             slots[t], here = slots[t, ::-1].copy(), here[::-1]
         last = here
     return slots
@@ -411,15 +391,11 @@ def _tracks(slots: Array, number: Array, blobs: _Blobs, sprites_shown: int) -> A
 
 def _color(video: Array, contrast: Array, blobs: _Blobs, shown: Array) -> str | None:
     """Nearest colour of the sprites' most distinct pixels, however shaded; median over blobs."""
-    # The cube: blurred outlines are mixed with the background.
-    weight = (
-        contrast.reshape(-1)[blobs.pixel] ** 3
-    )  # blurred outlines are mixed with the background
+    # The cube, because outlines, the more so if blurred, are mixed with the background.
+    weight = contrast.reshape(-1)[blobs.pixel] ** 3
     total = np.bincount(blobs.owner, weight)
     planes = video.reshape(3, -1)
-    mean = np.stack(
-        [np.bincount(blobs.owner, weight * plane[blobs.pixel]) / total for plane in planes], 1
-    )
+    mean = np.stack([np.bincount(blobs.owner, weight * plane[blobs.pixel]) / total for plane in planes], 1)
     seen = np.median(mean[shown], axis=0)
     palette = np.array(list(sprites.COLORS.values()), dtype=float)
     shade = np.clip((palette @ seen) / (palette * palette).sum(1), *_SHADES)
@@ -501,16 +477,12 @@ def _polar(contrast: Array, blobs: _Blobs, which: Array) -> Array:
     for dy, wy in ((0, 1 - fy), (1, fy)):
         line = base + (y0 + dy) % side * side
         for dx, wx in ((0, 1 - fx), (1, fx)):
-            out += (
-                wy
-                * wx
-                * np.clip((flat[line + (x0 + dx) % side] / level - _EMPTY) / (_FULL - _EMPTY), 0, 1)
-            )
+            out += wy * wx * np.clip((flat[line + (x0 + dx) % side] / level - _EMPTY) / (_FULL - _EMPTY), 0, 1)
     return out
 
 
 def _shape(contrast: Array, blobs: _Blobs, shown: Array) -> tuple[str | None, float]:
-    """Shape with the least difference from its template over rotation, and the radius by its area."""
+    """Shape with the least difference from its template over rotation; the radius by its area."""
     largest = shown[np.argsort(-blobs.area[shown], kind="stable")[:_SHAPE_FRAMES]]
     rho = _polar_grid()[0]
     image = _polar(contrast, blobs, largest)
@@ -520,14 +492,10 @@ def _shape(contrast: Array, blobs: _Blobs, shown: Array) -> tuple[str | None, fl
     product = np.einsum("mra,kra->mka", spectrum, flat, optimize=True)
     match = np.fft.irfft(product, _SPOKES).max(-1).reshape(len(largest), *templates.energy.shape)
     energy = (image**2 * rho[:, None]).sum((-2, -1))
-    error = np.median(
-        (energy[:, None, None] + templates.energy - 2 * match) / templates.energy, axis=0
-    )
+    error = np.median((energy[:, None, None] + templates.energy - 2 * match) / templates.energy, axis=0)
     shape = int(error.min(1).argmin())
     area = (image * rho[:, None]).sum((-2, -1)) / templates.area[shape]
-    radius = float(np.median(blobs.gyration[largest] * np.sqrt(area))) * float(
-        templates.radius[shape]
-    )
+    radius = float(np.median(blobs.gyration[largest] * np.sqrt(area))) * float(templates.radius[shape])
     return (sprites.SHAPES[shape] if error[shape].min() < _MAX_SHAPE_ERROR else None), radius
 
 
@@ -574,9 +542,7 @@ def _bounces(y: Array, t: Array) -> bool:
     return bool(allowed.any() and left[allowed].min() < 0.2)
 
 
-def _motion(
-    contrast: Array, blobs: _Blobs, track: Array, count: str, shape: str | None, fps: float
-) -> str | None:
+def _motion(contrast: Array, blobs: _Blobs, track: Array, count: str, shape: str | None, fps: float) -> str | None:
     """Motion of one sprite from its blobs [T] (-1: not seen)."""
     seen = np.nonzero(track >= 0)[0]
     if len(seen) < MIN_FRAMES:

@@ -75,10 +75,7 @@ class Caption:
     @property
     def text(self) -> str:
         shape = self.shape + ("s" if self.count == "two" else "")
-        return (
-            f"{self.count} {self.size} {self.color} {shape} {self.motion} "
-            f"over a {self.background} background"
-        )
+        return f"{self.count} {self.size} {self.color} {shape} {self.motion} over a {self.background} background"
 
 
 def all_captions() -> list[Caption]:
@@ -164,16 +161,13 @@ def signed_distance(x: Tensor, y: Tensor, radius: Tensor, angle: Tensor, shape: 
 
 
 def _star_distance(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """Two reflections fold the right half plane (u >= 0) into the sector of the upper tip; then the distance to one edge."""
-    a = math.pi / 5
-    for k in (a, -a):  # mirrors through the dents beside the upper tip
-        over = torch.clamp(u * math.cos(k) - v * math.sin(k), min=0.0) if k > 0 else torch.clamp(
-            -u * math.cos(k) - v * math.sin(-k), min=0.0
-        )
-        sign = 1.0 if k > 0 else -1.0
-        u, v = u - 2 * over * sign * math.cos(k), v + 2 * over * math.sin(abs(k))
-    u = u.abs()
-    edge_u, edge_v = STAR_DENT * math.sin(a), STAR_DENT * math.cos(a) - STAR_TIP
+    """Two mirrors fold the right half plane (u >= 0) into the sector of the upper tip; there one edge's line is left."""
+    sin, cos = math.sin(math.pi / 5), math.cos(math.pi / 5)
+    beyond = (u * cos - v * sin).clamp(min=0.0)  # the line through the dent on the right of the upper tip
+    u, v = u - 2 * beyond * cos, v + 2 * beyond * sin
+    beyond = (-u * cos - v * sin).clamp(min=0.0)  # and through the one on its left
+    u, v = (u + 2 * beyond * cos).abs(), v + 2 * beyond * sin
+    edge_u, edge_v = STAR_DENT * sin, STAR_DENT * cos - STAR_TIP
     length = math.hypot(edge_u, edge_v)
     return (-edge_v * u + edge_u * (v - STAR_TIP * r)) / length
 
@@ -462,7 +456,7 @@ def paint_frames(
     count: Tensor,
     colors: Tensor,
 ) -> Tensor:
-    """Every pixel of N frames [N, 3, side, side]: anti-aliased sprites over the backgrounds, around the frame's edge."""
+    """N frames [N, 3, side, side]: anti-aliased sprites over the backgrounds, around the frame's edge."""
     side = backgrounds.shape[-1]
     pixel = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     frames = backgrounds[background]

@@ -284,20 +284,21 @@ def test_a_state_does_not_change_with_its_stream(pipe: StreamPipeline) -> None:
     assert same(take(pipe.resume(state), 4), later)
 
 
-def test_cancel_ends_the_iteration_between_passes(pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From another thread, in the middle of a block with a recache; the resumed stream is the same to the bit."""
+@pytest.mark.parametrize(("transition", "last_pass"), [("recache", 2), ("scene", 1), ("blend", 1)])
+def test_cancel_ends_the_iteration_between_passes(pipe: StreamPipeline, transition: str, last_pass: int) -> None:
+    """From another thread, in the first denoising pass of a switch; the resumed stream is the same to the bit."""
     whole = pipe.stream(STAR, seed=7)
-    whole.prompt(RING, at_block=4)
+    whole.prompt(RING, transition, at_block=4)
     expected = take(whole, 7)
     stream = pipe.stream(STAR, seed=7)
-    stream.prompt(RING, at_block=4)
+    stream.prompt(RING, transition, at_block=4)
     made = take(stream, 4)
     calls = 0
 
     def cancelling(module: object, arguments: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 2:  # the first denoising pass, after the recache
+        if calls == last_pass:
             thread = threading.Thread(target=stream.cancel)
             thread.start()
             thread.join()
@@ -305,7 +306,7 @@ def test_cancel_ends_the_iteration_between_passes(pipe: StreamPipeline, monkeypa
     hook = pipe.transformer.register_forward_pre_hook(cancelling)
     assert list(stream) == []
     hook.remove()
-    assert calls == 2 and list(stream) == []
+    assert calls == last_pass and list(stream) == []
     state = stream.state_dict()
     assert state["position"] == 4 and state["begun"]
     resumed = pipe.resume(state)

@@ -13,8 +13,8 @@ from torch import nn
 
 from streamgen.errors import UserError
 from streamgen_train import checkpoint
-from streamgen_train.logs import read_jsonl
 from streamgen_train.loop import train
+from tests.runs import assert_equal_states, curve
 from tests.toy_objective import ToyObjective, build_toy, toy_config
 
 
@@ -28,25 +28,6 @@ def crash_at(last: int) -> Callable[[int, Mapping[str, float]], None]:
             raise Stop
 
     return on_progress
-
-
-def curve(run_dir: Path) -> list[dict[str, float]]:
-    """Everything logged but the times."""
-    times = {"step_s", "clips_per_s", "elapsed_s"}
-    return [{k: v for k, v in row.items() if k not in times} for row in read_jsonl(run_dir / "log.jsonl")]
-
-
-def assert_equal_states(a: object, b: object, path: str = "") -> None:
-    assert type(a) is type(b), path
-    if isinstance(a, dict) and isinstance(b, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            if key not in ("elapsed_s", "step_s"):
-                assert_equal_states(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

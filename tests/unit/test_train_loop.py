@@ -1,7 +1,6 @@
 """The loop, the optimisers, the average and the number formats, each against the rule written out."""
 
 import csv
-import json
 import math
 import os
 import signal
@@ -18,27 +17,17 @@ from torch import Tensor, nn
 from streamgen.errors import UserError
 from streamgen_train.config import EmaConfig, OptimConfig, ScheduleConfig
 from streamgen_train.ema import Ema, ema_decay
-from streamgen_train.logs import read_jsonl
 from streamgen_train.loop import NonFiniteError, Trainer, step_seed, train
 from streamgen_train.optim import Muon, Optimizer, lr_factor, orthogonalise
 from streamgen_train.precision import Masters, probe_precision
 from streamgen_train.samples import contact_sheet
+from tests.runs import assert_golden, losses
 from tests.toy_objective import ToyObjective, build_toy, toy_config
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_jsonl(run_dir / "log.jsonl") if row["kind"] == "train"]
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """To the last bit where the file was made (same torch and vector instructions), to 1e-5 elsewhere."""
-    golden = json.loads((GOLDEN / "toy_losses.json").read_text())
     train(build_toy(), toy_config(), tmp_path)
-    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    tolerance = 0.0 if here == golden["environment"] else 1e-5
-    assert losses(tmp_path) == pytest.approx(golden["losses"], rel=tolerance, abs=0.0)
+    assert_golden("toy", tmp_path)
 
 
 def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def make_clips(
         return Clips(video, captions, 0, kind)
     # The codec sees the frames before a block, so the later piece begins one latent frame early.
     lead = geometry.temporal_stride
-    later = [c if same else other for c, other, same in zip(first, pick_captions(count, rng), _coin(count, rng), strict=True)]
+    others, stays = pick_captions(count, rng), _coin(count, rng)
+    later = [c if stay else other for c, other, stay in zip(first, others, stays, strict=True)]
     sink = sprites.render(sprites.sample_scenes(first, rng), frames, fps=fps, side=side, paint=paint)
     video, captions = _story(later, blocks - 1, geometry, rng, switch_share, lead, paint)
     return Clips(torch.cat([sink, video], 1), [[c, *rest] for c, rest in zip(first, captions, strict=True)], lead, kind)
@@ -90,6 +91,7 @@ def _story(
         paint=paint,
     )
     captions = [
-        [a if block < at else b for block in range(blocks)] for a, b, at in zip(first, second, at_block.tolist(), strict=True)
+        [a if block < at else b for block in range(blocks)]
+        for a, b, at in zip(first, second, at_block.tolist(), strict=True)
     ]
     return video, captions

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from streamgen.errors import UserError
 
 Modules = Mapping[str, nn.Module]
 
@@ -81,3 +84,7 @@ class Objective(ABC):
     def costs(self) -> dict[str, float]:
         """Extra lines for `dry_run`, name with unit -> number; must work on the meta device."""
         return {}
+
+    def export(self, modules: Modules, folder: Path) -> None:
+        """Write what was trained (fp32, on the CPU, in eval mode) as a model folder or a component of one."""
+        raise UserError("this objective makes nothing that can be exported")

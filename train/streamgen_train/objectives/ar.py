@@ -58,8 +58,9 @@ class Config:
     switch_share: float = 0.5
     recache_share: float = 0.5
     """Share of clips whose past is shown under the prompt of the block that follows it, as after a re-cache."""
-    shift: float = 8.0
-    """Noise levels are uniform u warped by this shift."""
+    shifts: tuple[float, ...] = (8.0,)
+    """Noise levels are uniform u warped by one of these shifts, drawn evenly: high ones train the decisions (what and
+    where), low ones the drawing."""
     sigma_floor: float = 0.3
     text_drop: float = 0.1
     word_drop: float = 0.1
@@ -166,10 +167,16 @@ class ArObjective(Objective):
         return self._tables[blocks]
 
     def predict_x0(
-        self, modules: Mapping[str, nn.Module], batch: Batch, x_t: Tensor, sigma_BF: Tensor, ids_BGL: Tensor | None = None
+        self,
+        modules: Mapping[str, nn.Module],
+        batch: Batch,
+        x_t: Tensor,
+        sigma_BF: Tensor,
+        ids_BGL: Tensor | None = None,
     ) -> Tensor:
         """x0 of every noisy block, given the clean blocks before it: [B, F, C, H, W] float32."""
         model, text = modules["transformer"], modules["text"]
+        assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder)
         ids = batch.ids_BGL if ids_BGL is None else ids_BGL
         frames, blocks = x_t.shape[1], ids.shape[1]
         if blocks == 1:  # nothing before it: the clean half would be dead weight
@@ -186,16 +193,20 @@ class ArObjective(Objective):
         out = model(both, timestep, context, rope=rope, mask=mask)[:, frames:]
         return flow.to_x0(out.float(), x_t, sigma_BF, self.config.model.prediction)
 
+    def draw_sigma(self, like_BG: Tensor) -> Tensor:
+        """A noise level for each block."""
+        shifts = torch.tensor(self.config.shifts, device=like_BG.device)
+        shift_BG = shifts[torch.randint(len(shifts), like_BG.shape, device=like_BG.device)]
+        return flow.shift_sigma(torch.rand_like(like_BG), shift_BG)
+
     def per_frame(self, values_BG: Tensor) -> Tensor:
         """[B, G] -> [B, F]."""
         sizes = [self.config.geometry.block_size(b) for b in range(values_BG.shape[1])]
         return values_BG.repeat_interleave(torch.tensor(sizes, device=values_BG.device), 1)
 
-    def loss(
-        self, batch: Batch, step: int, ema: Mapping[str, nn.Module] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, step: int, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
         x0 = batch.x0_BFCHW
-        sigma_BG = flow.sample_sigma(torch.rand(batch.scored_BG.shape, device=x0.device), self.config.shift)
+        sigma_BG = self.draw_sigma(batch.scored_BG)
         sigma_BF = self.per_frame(sigma_BG)
         x_t = flow.add_noise(x0, torch.randn_like(x0), sigma_BF)
         error_BF = (self.predict_x0(self.modules(), batch, x_t, sigma_BF) - x0).square().mean((2, 3, 4))
@@ -225,17 +236,28 @@ class ArObjective(Objective):
 
     def sample(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
         assert self.codec is not None
+        pipe = pipeline_of(modules, self.codec, self.config.geometry, self.scheduler())
+        return {"samples": sample_sheet(pipe, steps=self.config.sample_steps)}
+
+    def export(self, modules: Mapping[str, nn.Module], folder: Path) -> None:
+        codec = load_codec(self.config.codec_from)
+        half = {name: module.half() for name, module in modules.items()}
+        pipeline_of(half, codec.half(), self.config.geometry, self.scheduler()).save_pretrained(folder)
+
+    def scheduler(self) -> SchedulerConfig:
+        """How the model in training is to be streamed."""
+        return self.card_scheduler((self.config.sample_steps,), "euler")
+
+    def card_scheduler(self, trained_steps: tuple[int, ...], sampler: str) -> SchedulerConfig:
         c = self.config
-        scheduler = SchedulerConfig(
-            trained_steps=(c.sample_steps,),
+        return SchedulerConfig(
+            trained_steps=trained_steps,
             window_frames=c.window_frames,
             sink_frames=c.sink_frames,
             shift=c.sample_shift,
             prediction=c.model.prediction,
-            sampler="euler",
+            sampler=sampler,
         )
-        pipe = pipeline_of(modules, self.codec, c.geometry, scheduler)
-        return {"samples": sample_sheet(pipe, steps=c.sample_steps)}
 
 
 def drop_words(ids_BGL: Tensor, text_share: float, word_share: float, rng: torch.Generator) -> Tensor:

@@ -7,17 +7,18 @@ crops are taken where the edges are; whole frames are used for validation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamgen.codec import SpritesCodec, SpritesCodecConfig, init_linear_from_pca
+from streamgen.codec import SpritesCodec, SpritesCodecConfig, fit_normalisation, init_linear_from_pca, load_codec
+from streamgen.errors import UserError
+from streamgen.weights import save_component
 from streamgen.worlds import sprites
-from streamgen_train.checkpoint import load_modules
 from streamgen_train.data import pick_captions
 from streamgen_train.objective import Objective
 from streamgen_train.samples import contact_sheet
@@ -37,7 +38,7 @@ class Config:
     train_encoder: bool = True
     """False: only the decoder learns (the latents that a diffusion model was trained on stay as they are)."""
     init_from: str | None = None
-    """Run folder or checkpoint of a codec run to take the weights from."""
+    """Codec folder (exported) to take weights and normalisation from."""
     pca_clips: int = 600
     validation_clips: int = 128
     side: int = 64
@@ -48,6 +49,8 @@ class CodecObjective(Objective):
     """Trains a SpritesCodec on clips of the sprites world."""
 
     def __init__(self, config: Config) -> None:
+        if not config.train_encoder and config.init_from is None:
+            raise UserError("objective.train_encoder=false needs objective.init_from=CODEC_FOLDER, the codec to keep")
         self.config = config
         self.clips_per_batch = config.clips
         self.codec = SpritesCodec(config.codec)
@@ -62,13 +65,13 @@ class CodecObjective(Objective):
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         if not self._ready:
             if self.config.init_from is not None:
-                self.codec.load_state_dict(load_modules(Path(self.config.init_from))["codec"])
+                self.codec.load_state_dict(load_codec(self.config.init_from).state_dict())
             else:
                 rng = torch.Generator().manual_seed(0)
                 init_linear_from_pca(self.codec, self._video(self.config.pca_clips, self.config.clip_frames, rng))
             self._ready = True
         super().prepare(device, dtype)
-        for name, parameter in self.codec.named_parameters():
+        for parameter in self.codec.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
@@ -91,13 +94,9 @@ class CodecObjective(Objective):
         drawn = torch.randint(energy.shape[1], (len(video), c.crop_candidates), generator=rng)
         best = drawn.gather(1, energy.gather(1, drawn).argmax(1, keepdim=True))[:, 0]
         corners = zip((best // columns * stride).tolist(), (best % columns * stride).tolist(), strict=True)
-        return torch.stack(
-            [v[..., y : y + c.crop, x : x + c.crop] for v, (y, x) in zip(video, corners, strict=True)]
-        )
+        return torch.stack([v[..., y : y + c.crop, x : x + c.crop] for v, (y, x) in zip(video, corners, strict=True)])
 
-    def loss(
-        self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
         patches = self.codec.patchify(batch)
         raw = self.codec.encode_patches(patches, _shifted(patches))
         noisy = raw + self.config.latent_noise * torch.randn_like(raw)
@@ -118,6 +117,18 @@ class CodecObjective(Objective):
         both = torch.cat([video, _decoded(modules["codec"], video.to(self.device)).cpu()], -1)
         clips = [c.numpy() for c in sprites.to_uint8(both)]
         return {"reconstruction": contact_sheet(clips, [c.text for c in items], frames=4, scale=2)}
+
+    def export(self, modules: Mapping[str, nn.Module], folder: Path) -> None:
+        codec = modules["codec"]
+        assert isinstance(codec, SpritesCodec)
+        if self.config.train_encoder:
+            fit_normalisation(codec, self._video(300, 12, torch.Generator().manual_seed(5)))
+        else:  # exactly the latents, and their scale, that a diffusion model was trained on
+            assert self.config.init_from is not None
+            before = load_codec(self.config.init_from).state_dict()
+            kept = {name: tensor for name, tensor in before.items() if not name.startswith("decode_")}
+            codec.load_state_dict({**codec.state_dict(), **kept})
+        save_component(folder, {"_class_name": "SpritesCodec", **asdict(codec.config)}, codec.half().state_dict())
 
 
 def _shifted(x: Tensor) -> Tensor:

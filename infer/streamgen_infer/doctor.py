@@ -1,0 +1,244 @@
+"""`streamgen doctor`: what this machine has, what works, and what to do about what does not.
+
+One line for each thing: ok, warn (something is slower or missing that the base does not need) or fail (nothing can be
+streamed). The exit code is 0 unless a line fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from streamgen import __version__
+from streamgen_infer import machine
+
+Level = Literal["ok", "warn", "fail"]
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+NEEDED = ("numpy", "safetensors", "einops", "omegaconf", "typer", "rich", "PIL")
+# package -> (extra, what it is for)
+EXTRAS = {
+    "hydra-core": ("train", "train and distill"),
+    "wandb": ("train", "logging runs to a server"),
+    "peft": ("train", "adapters"),
+    "diffusers": ("wan", "checking against Wan"),
+    "transformers": ("wan", "Wan's text encoder"),
+    "fastapi": ("serve", "the server"),
+    "triton": ("cuda", "kernels on a GPU"),
+    "xformers": ("cuda", "an attention backend on a GPU"),
+    "torchvision": ("cuda", "JPEG on a GPU"),
+}
+SMALL_MB = 1000.0
+PROMPT = "a red star spinning over a snow background"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line."""
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+
+
+def run(as_json: bool) -> int:
+    """The command; returns the exit code."""
+    checks = [check for examine in EXAMINATIONS for check in examine()]
+    failed = any(check.level == "fail" for check in checks)
+    if as_json:
+        values = {"command": "doctor", "version": __version__, "ok": not failed, "checks": [asdict(c) for c in checks]}
+        print(json.dumps(values, indent=2))
+    else:
+        _print(checks)
+    return 1 if failed else 0
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        line = Text.assemble((f"{check.level:4}", COLOURS[check.level]), f"  {check.name:{width}}  {check.found}")
+        console.print(line, soft_wrap=True)
+        if check.advice:
+            console.print(Text(f"      {'':{width}}  -> {check.advice}", style="italic"), soft_wrap=True)
+
+
+# The machine.
+
+
+def system() -> Iterator[Check]:
+    where = Path(__file__).resolve().parents[1]
+    yield Check(
+        "streamgen", "ok", f"{__version__} in {where}, Python {platform.python_version()} on {platform.platform()}"
+    )
+    cores = machine.usable_cores()
+    limit = os.environ.get("OMP_NUM_THREADS")
+    limited = f", OMP_NUM_THREADS={limit}" if limit else ""
+    yield Check("cores", "ok", f"{cores} usable of {os.cpu_count()}, {machine.cpu_name()}{limited}")
+    flags = machine.cpu_flags()
+    if platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux" and "avx2" not in flags:
+        yield Check("instructions", "warn", ", ".join(flags) or "no AVX2", "expect a tenth of the usual speed")
+    else:
+        fast_bf16 = "amx_bf16" in flags or "avx512_bf16" in flags or "bf16" in flags
+        yield Check("instructions", "ok", f"{', '.join(flags) or 'unknown'}; bf16 in hardware: {_yes(fast_bf16)}")
+    memory = machine.memory_mb()
+    if memory is None:
+        yield Check("memory", "ok", "not known on this system; a stream takes less than 1 GB")
+    else:
+        low = memory[1] < SMALL_MB
+        advice = "a stream takes up to 1 GB: close other programs" if low else ""
+        found = f"{memory[1] / 1000:.1f} GB free of {memory[0] / 1000:.1f}"
+        yield Check("memory", "warn" if low else "ok", found, advice)
+    free_mb = shutil.disk_usage(Path.cwd()).free / 1e6
+    advice = "write elsewhere, or make room" if free_mb < SMALL_MB else ""
+    yield Check("disk", "warn" if advice else "ok", f"{free_mb / 1000:.1f} GB free in {Path.cwd()}", advice)
+
+
+# What is installed.
+
+
+def packages() -> Iterator[Check]:
+    problems = [problem for name in NEEDED if (problem := _import_problem(name))]
+    advice = "install streamgen again: make setup, or pip install --force-reinstall streamgen"
+    if problems:
+        yield Check("packages", "fail", "; ".join(problems), advice)
+    else:
+        yield Check("packages", "ok", f"{', '.join(NEEDED)} load")
+    if problem := _import_problem("torch"):
+        yield Check("torch", "fail", problem, "pip install torch (CPU: see the top of constraints.txt)")
+        return
+    import torch
+
+    yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            yield Check(
+                "GPU", "ok", f"cuda:{index} {card.name}, {card.total_memory / 1e9:.0f} GB (--device cuda:{index})"
+            )
+    else:
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "CUDA finds no device"
+        yield Check("GPU", "ok", f"none ({built}); the shipped model needs none")
+
+
+def video() -> Iterator[Check]:
+    advice = "pip install --upgrade av; until then write .gif, .y4m or a folder of PNGs"
+    if problem := _import_problem("av"):
+        yield Check("ffmpeg", "warn", problem, advice)
+        return
+    import av
+
+    missing = []
+    for encoder, suffix in (("libx264", ".mp4"), ("libvpx-vp9", ".webm")):
+        try:
+            av.Codec(encoder, "w")
+        except av.error.FFmpegError:
+            missing.append(f"no {encoder}, so no {suffix}")
+    found = f"PyAV {av.__version__}: {'; '.join(missing) or 'libx264 and libvpx-vp9, so .mp4 and .webm'}"
+    yield Check("ffmpeg", "warn" if missing else "ok", found, advice if missing else "")
+
+
+def extras() -> Iterator[Check]:
+    have = {name: version for name in EXTRAS if (version := _version(name))}
+    for name, (extra, purpose) in EXTRAS.items():
+        if name in have:
+            yield Check(name, "ok", have[name])
+        else:
+            yield Check(name, "ok", f"not installed; only for {purpose} (pip install 'streamgen[{extra}]')")
+    if "torchvision" in have and "+cpu" in (_version("torch") or ""):
+        found = f"torchvision {have['torchvision']} beside a CPU torch"
+        advice = "it breaks the import of diffusers and transformers classes here: pip uninstall torchvision"
+        yield Check("torchvision", "warn", found, advice)
+
+
+def _import_problem(module: str) -> str:
+    """Why a module cannot be imported, "" if it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        return f"{module} does not load: {' '.join(str(error).split())}"
+    return ""
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+# What works.
+
+
+def number_formats() -> Iterator[Check]:
+    if _import_problem("torch"):
+        return
+    from streamgen.pipeline import probe_dtype
+
+    fp32_ms, bf16_ms = (_product_ms(name) for name in ("float32", "bfloat16"))
+    chosen = probe_dtype("cpu")
+    found = f"product of 512 x 512 x 512: fp32 {fp32_ms:.2f} ms, bf16 {bf16_ms:.2f} ms; --dtype auto takes {chosen}"
+    yield Check("dtype", "ok", found)
+
+
+def _product_ms(dtype: str) -> float:
+    """Best of five matrix products."""
+    import torch
+
+    a = torch.ones(512, 512, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times[1:])
+
+
+def model() -> Iterator[Check]:
+    """The shipped model is there and makes a block of video."""
+    if _import_problem("torch"):
+        return
+    from streamgen.errors import UserError
+    from streamgen.pipeline import StreamPipeline
+    from streamgen.resources import model_path
+
+    advice = "install streamgen again, or name another model with --model"
+    try:
+        folder = model_path("sprites")
+        pipe = StreamPipeline.from_pretrained("sprites")
+        megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+        yield Check("model", "ok", f"sprites, {megabytes:.1f} MB, fingerprint {pipe.fingerprint[:12]}, in {folder}")
+        stream = pipe.stream(PROMPT, max_blocks=2)
+        next(stream)
+        block = next(stream)
+    except (UserError, OSError) as error:
+        yield Check("model", "fail", " ".join(str(error).split()), advice)
+        return
+    media_ms = 1000 * len(block.frames) / pipe.geometry.fps
+    times = media_ms / block.timing.total_ms
+    found = f"{len(block.frames)} frames in {block.timing.total_ms:.0f} ms, {times:.1f}x real time"
+    if times < 1:
+        advice = "close other programs, set --threads, or try --dtype bf16 and fp32"
+        yield Check("streaming", "warn", f"{found}: slower than it plays", advice)
+    else:
+        yield Check("streaming", "ok", found)
+
+
+EXAMINATIONS: tuple[Callable[[], Iterator[Check]], ...] = (system, packages, video, number_formats, model, extras)

@@ -1,0 +1,140 @@
+"""`streamgen bench`: the bound counts what the model computes, and every figure of the contract is there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from streamgen.cache import CacheSpec, KVCache
+from streamgen.codec import SpritesCodec, SpritesCodecConfig
+from streamgen.geometry import VideoGeometry
+from streamgen.rollout import Sampling
+from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen_infer import bench
+from streamgen_infer.bound import Attention, Bound, Convolution, Product, decode_shapes, pass_shapes
+from streamgen_infer.cli import main
+from streamgen_infer.interrupts import Stop
+
+CONFIG = TransformerConfig(
+    dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=5, text_dim=8, text_len=7, freq_dim=16
+)
+GEOMETRY = VideoGeometry(height=32, width=48, latent_channels=4)
+CODEC = SpritesCodecConfig(latent_channels=4, encoder_dim=8, decoder_dim=8, decoder_blocks=2, head_dim=12)
+
+
+def test_the_bound_of_a_pass_has_the_flops_of_a_pass() -> None:
+    """Attention written out, since the counter does not know the CPU's fused one."""
+    model = CausalWanModel(CONFIG, attention_backend="math").requires_grad_(False)
+    spec = CacheSpec(
+        num_layers=3, num_heads=2, head_dim=12, grid_height=2, grid_width=3, window_frames=9, sink_frames=1
+    )
+    cache = KVCache(spec)
+    text = model.encode_text(torch.randn(1, 1, 7, 8))
+    for block in range(4):
+        handle = cache.begin(3 * block, 3)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(1, 3, 4, 4, 6), torch.full((1, 1), 500.0), text, cache=handle)
+        cache.commit(handle)
+        visible = len(handle.visible_frames) * 6
+        shapes = pass_shapes(CONFIG, tokens=18, visible_tokens=visible)
+        assert sum(shape.flops for shape in shapes) == counter.get_total_flops()
+    assert visible == 54
+
+
+def test_the_shapes_of_a_pass() -> None:
+    shapes = pass_shapes(CONFIG, tokens=18, visible_tokens=54)
+    attention = [shape for shape in shapes if isinstance(shape, Attention)]
+    assert attention == [Attention(2, 18, 54, 12), Attention(2, 18, 7, 12)] * 3
+    linears = [module for module in CausalWanModel(CONFIG).modules() if isinstance(module, nn.Linear)]
+    per_prompt = 2 + 2 * 3  # the text embedding, and keys and values of the text in each layer
+    products = [shape for shape in shapes if isinstance(shape, Product)]
+    assert len(products) == len(linears) - per_prompt + 1  # the patch embedding is a convolution by name only
+
+
+def test_the_bound_of_decoding_has_the_flops_of_decoding() -> None:
+    codec = SpritesCodec(CODEC).requires_grad_(False)
+    latents = torch.randn(1, 3, 4, 4, 6)
+    with FlopCounterMode(display=False) as counter:
+        codec.decode_stream(latents, None)
+    shapes = decode_shapes(codec, latents)
+    with FlopCounterMode(display=False) as bare:
+        Bound(shapes, torch.float32).run()
+    assert bare.get_total_flops() == counter.get_total_flops() > 0
+    assert any(isinstance(shape, Convolution) for shape in shapes)
+
+
+def test_the_bound_runs_what_it_counts() -> None:
+    shapes = [shape for shape in pass_shapes(CONFIG, 18, 54) if isinstance(shape, Product)]
+    with FlopCounterMode(display=False) as counter:
+        Bound(shapes, torch.float32).run()
+    assert counter.get_total_flops() == sum(shape.flops for shape in shapes)
+
+
+def tiny(dtype: torch.dtype, codec: bool = True) -> bench.Case:
+    config = TransformerConfig(**{**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}, "out_channels": 4})
+    transformer = CausalWanModel(config).requires_grad_(False).to(dtype)
+    return bench.Case(
+        transformer=transformer,
+        codec=SpritesCodec(CODEC).requires_grad_(False).to(dtype) if codec else None,
+        encode_text=lambda: transformer.encode_text(torch.randn(1, 1, 7, 8).to(dtype)),
+        geometry=GEOMETRY,
+        window_frames=9,
+        sink_frames=1,
+        sampling=Sampling(sigmas=(1.0, 0.8, 0.5)),
+        weights="random",
+    )
+
+
+@pytest.mark.parametrize("codec", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measure(dtype: torch.dtype, codec: bool) -> None:
+    found: Any = bench.measure(tiny(dtype, codec), 3, Stop())
+    assert found["ratio_to_bound"] == pytest.approx(found["block_ms"] / found["bound_ms"])
+    assert len(found["denoise_ms"]) == found["steps"] == 3 and found["blocks"] == 3
+    assert (found["tokens_per_block"], found["visible_tokens"]) == (18, 54)
+    assert found["codec_included"] is codec and (found["real_time"] is not None) is codec
+    assert min(*found["denoise_ms"], found["commit_ms"], found["bound_ms"], found["text_ms"]) > 0
+
+
+def test_a_stop_before_the_first_block() -> None:
+    assert bench.measure(tiny(torch.float32), 3, Stop(requested=True)) is None
+
+
+def test_the_command(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "CASES", {"sprites": tiny, "mid": lambda dtype: tiny(dtype, codec=False)})
+    assert main(["bench", "--blocks", "2", "--json", "b.json"]) == 0
+    captured = capsys.readouterr()
+    assert "bound: the matrix products" in captured.out and captured.err.startswith("measuring sprites in fp32")
+    values = json.loads(Path("b.json").read_text())
+    kinds = [(one["suite"], one["dtype"], one["threads"]) for one in values["results"]]
+    assert kinds == [("sprites", "fp32", 1), ("sprites", "bf16", 1), ("mid", "fp32", 1), ("mid", "bf16", 1)]
+    for one in values["results"]:
+        assert {
+            "block_ms",
+            "bound_ms",
+            "ratio_to_bound",
+            "denoise_ms",
+            "commit_ms",
+            "decode_ms",
+            "text_ms",
+        } <= one.keys()
+    assert {"cpu", "cpu_flags", "cores", "torch", "python"} == values["environment"].keys()
+    assert main(["bench", "--suite", "mid", "--dtype", "fp32", "--blocks", "1", "--json", "b.json"]) == 0
+    assert [one["suite"] for one in json.loads(Path("b.json").read_text())["results"]] == ["mid"]
+
+
+def test_the_cases_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "shipped_models", list)
+    case = bench.sprites(torch.bfloat16)
+    assert case.dtype == torch.bfloat16 and case.weights.startswith("random: there is no shipped model")
+    assert (case.geometry.height, case.geometry.fps) == (64, 16) and case.codec is not None
+    with torch.device("meta"):
+        case = bench.mid(torch.float32)
+    config, geometry = case.transformer.config, case.geometry
+    assert (config.dim, config.num_layers, config.num_heads) == (768, 12, 12)
+    assert (geometry.tokens_per_frame, geometry.block_frames) == (208, 3)
+    assert (case.window_frames, case.sink_frames, len(case.sampling.sigmas), case.codec) == (12, 3, 4, None)
