@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## stream two prompts to demo.mp4, the second taking over while the first plays
 	$(BIN)/streamgen stream "a large red star spinning over a snow background" \
-	  --switch "5=two small blue circles moving left over a navy background" \
-	  --seconds 12 --seed 7 --out demo.mp4
+	  --switch "8=two small blue circles moving left over a navy background" \
+	  --seconds 16 --seed 7 --scale 4 --out demo.mp4 --overwrite
 
 test: setup  ## the whole suite, two workers of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

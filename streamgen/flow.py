@@ -12,7 +12,7 @@ rest. Results have the dtype of ordinary promotion: keep latents in float32, a s
 
 import math
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -34,7 +34,15 @@ def _over(sigma: float | Tensor, like: Tensor) -> float | Tensor:
 # Noise levels.
 
 
-def shift_sigma(u: Number, shift: float) -> Number:
+@overload
+def shift_sigma(u: float, shift: float) -> float: ...
+
+
+@overload
+def shift_sigma(u: Tensor, shift: float | Tensor) -> Tensor: ...
+
+
+def shift_sigma(u: Any, shift: Any) -> Any:
     """sigma = s u / (1 + (s - 1) u): moves uniform u in [0, 1] towards noise for s > 1 (SD3, arXiv 2403.03206)."""
     return shift * u / (1 + (shift - 1) * u)
 

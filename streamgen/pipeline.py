@@ -224,6 +224,10 @@ class StreamPipeline:
         ):
             if one != other:
                 raise ValueError(f"{what} is {one}, the rest of the model has {other}")
+        if t.place_grid not in (None, (g.grid_height, g.grid_width)):
+            raise ValueError(
+                f"transformer place_grid is {t.place_grid}, the token grid is {g.grid_height, g.grid_width}"
+            )
         if t.prediction != self.scheduler.prediction:
             raise ValueError(f"the transformer predicts {t.prediction}, the scheduler says {self.scheduler.prediction}")
 

@@ -6,6 +6,12 @@ sigma', with clean context and guidance; the student at sigma learns what its ow
     loss = | x0_student(x_sigma, sigma) - sg[ x0_ema(x_sigma', sigma') ] |^2,      x0_ema(x, 0) = x
 
 so that one evaluation comes to stand for the whole path. Masks, clips and prompts are those of the teacher's training.
+
+With `segments` > 1 the path is cut at as many noise levels, and one evaluation stands for the path to the end of its
+own segment (multistep consistency models, arXiv 2403.06807): far easier to learn, and sampled by as many Euler steps.
+Euler steps to a common end are weighted means of x0, so the target is one too:
+
+    r = sigma' / sigma,  r' = sigma_end / sigma':   target = w x0_teacher + (1 - w) x0_ema,  w = r' (1 - r) / (1 - r r')
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ class Config(ArConfig):
     """Run folder or checkpoint of the autoregressive teacher; the student starts from its weights."""
     grid_steps: int = 48
     grid_shift: float = 5.0
+    segments: int = 1
+    """1: plain consistency, sampled with re-noising. n: n pieces of the path, sampled by n Euler steps."""
     guidance: float = 1.0
     """uncond + guidance (cond - uncond) of the teacher; 1 is off and saves its second pass."""
     text_drop: float = 0.0
@@ -38,6 +46,8 @@ class Config(ArConfig):
     def __post_init__(self) -> None:
         if self.grid_steps < 2:
             raise ValueError(f"grid_steps is {self.grid_steps}; it must be at least 2")
+        if self.segments < 1 or self.grid_steps % self.segments:
+            raise ValueError(f"segments is {self.segments}; it must divide grid_steps ({self.grid_steps})")
         if self.init_from is None:
             self.init_from = self.teacher_from
 
@@ -78,25 +88,39 @@ class ConsistencyObjective(ArObjective):
         sigma_BF, next_BF = (self.per_frame(self.grid[i]) for i in (index_BG, index_BG + 1))
         x_t = flow.add_noise(x0, torch.randn_like(x0), sigma_BF)
         with torch.no_grad():
-            x_next = self.teacher_step(batch, x_t, sigma_BF, next_BF)
-            known = next_BF[..., None, None, None] == 0
-            target = torch.where(known, x_next, self.predict_x0(ema, batch, x_next, next_BF))
+            x0_teacher = self.teacher_x0(batch, x_t, sigma_BF)
+            x_next = flow.euler_step(x_t, flow.flow_from_x0(x_t, x0_teacher, sigma_BF), sigma_BF, next_BF)
+            x0_ema = self.predict_x0(ema, batch, x_next, next_BF)
+            share = self.teacher_share(sigma_BF, next_BF, self.per_frame(self.grid[self.segment_end(index_BG)]))
+            target = torch.lerp(x0_ema, x0_teacher, share[..., None, None, None])
         error_BF = (self.predict_x0(self.modules(), batch, x_t, sigma_BF) - target).square().mean((2, 3, 4))
         loss = (error_BF * self.per_frame(batch.scored_BG)).mean()
         return loss, {f"cd_{batch.kind}": error_BF.detach().mean()}
 
-    def teacher_step(self, batch: Batch, x_t: Tensor, sigma_BF: Tensor, next_BF: Tensor) -> Tensor:
-        """One Euler step of the teacher's (guided) flow."""
+    def segment_end(self, index_BG: Tensor) -> Tensor:
+        """Grid index at which the segment of a grid index ends."""
+        length = self.config.grid_steps // self.config.segments
+        return (index_BG // length + 1) * length
+
+    @staticmethod
+    def teacher_share(sigma: Tensor, following: Tensor, end: Tensor) -> Tensor:
+        """w of the module's docstring; 1 where the teacher's step ends the segment."""
+        r, rest = following / sigma, end / following.clamp(min=flow.MIN_SIGMA)
+        return torch.where(following == end, 1.0, rest * (1 - r) / (1 - r * rest))
+
+    def teacher_x0(self, batch: Batch, x_t: Tensor, sigma_BF: Tensor) -> Tensor:
+        """The teacher's (guided) x0."""
         assert self.teacher is not None
         x0 = self.predict_x0(self.teacher, batch, x_t, sigma_BF)
-        if self.config.guidance != 1.0:
-            empty = torch.full_like(batch.ids_BGL, -1)
-            uncond = self.predict_x0(self.teacher, batch, x_t, sigma_BF, empty)
-            x0 = flow.guided(uncond, x0, self.config.guidance)
-        return flow.euler_step(x_t, flow.flow_from_x0(x_t, x0, sigma_BF), sigma_BF, next_BF)
+        if self.config.guidance == 1.0:
+            return x0
+        empty = torch.full_like(batch.ids_BGL, -1)
+        return flow.guided(self.predict_x0(self.teacher, batch, x_t, sigma_BF, empty), x0, self.config.guidance)
 
     def scheduler(self) -> SchedulerConfig:
-        return self.card_scheduler((self.config.sample_steps,), "renoise")
+        if self.config.segments == 1:
+            return self.card_scheduler((self.config.sample_steps,), "renoise")
+        return self.card_scheduler((self.config.segments,), "euler")
 
 
 def build(config: Config) -> ConsistencyObjective:

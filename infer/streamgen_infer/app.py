@@ -236,3 +236,15 @@ def train(context: typer.Context) -> int:
 def distill(context: typer.Context) -> int:
     """Distil a model to few steps: streamgen distill experiment=NAME key=value ..."""
     return context.obj.hand_over["distill"](context.args)
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder of train or distill.", show_default=False)
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder for the model.", show_default=False)],
+) -> int:
+    """Write the averaged weights of a run as a model folder (of a codec run: a codec folder)."""
+    return context.obj.hand_over["convert"]([str(source), str(target)])

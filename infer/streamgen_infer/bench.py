@@ -144,7 +144,7 @@ def sprites(dtype: torch.dtype) -> Case:
         window_frames=scheduler.window_frames,
         sink_frames=scheduler.sink_frames,
         sampling=pipe.sampling(scheduler.trained_steps[0]),
-        weights="shipped" if shipped else "random: there is no shipped model",
+        weights="shipped" if shipped else "random (none shipped)",
     )
 
 

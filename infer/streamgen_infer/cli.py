@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], interrupts: Interrupts) -> int:
     from streamgen_infer.app import run
 
-    return run(arguments, interrupts, {"train": _train, "distill": _distill})
+    return run(arguments, interrupts, {"train": _train, "distill": _distill, "convert": _convert})
 
 
 def _train(arguments: list[str]) -> int:
@@ -58,6 +58,14 @@ def _distill(arguments: list[str]) -> int:
     from streamgen_distill.main import run
 
     return run(arguments)
+
+
+def _convert(arguments: list[str]) -> int:
+    from streamgen_distill.main import OBJECTIVES as DISTILL
+    from streamgen_train.export import run
+    from streamgen_train.main import OBJECTIVES as TRAIN
+
+    return run(arguments, {**TRAIN, **DISTILL})
 
 
 def _need_hydra(command: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from streamgen import __version__
 from streamgen.batch import generate
@@ -28,6 +28,7 @@ from streamgen.errors import UserError
 from streamgen.metrics.adherence import WINDOW_S, adherence, by_segment, nulls, switch_latency
 from streamgen.pipeline import DTYPES, StreamPipeline
 from streamgen.rollout import Cancelled
+from streamgen.sheets import contact_sheet
 from streamgen.worlds import sprites
 from streamgen.worlds.sprites import ATTRIBUTES, Caption
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
@@ -105,7 +106,8 @@ def run(suite: str, options: Options, interrupts: Interrupts) -> int:
         if options.json is not None:
             write_report(options.json, _without_nan(values))
         if options.sheet is not None:
-            contact_sheet(evaluation.clips[:SHEET_CLIPS], evaluation.captions).save(options.sheet, "PNG")
+            shown = evaluation.clips[:SHEET_CLIPS]
+            marked_sheet(shown, evaluation.captions[: len(shown)]).save(options.sheet, "PNG")
     return INTERRUPTED if stop.requested else 0
 
 
@@ -380,18 +382,8 @@ def _print(values: dict[str, Any]) -> None:
         console.print(f"after a switch ({switch['transition']}): obeys {100 * switch['obeys']:.1f} %, {after}")
 
 
-def contact_sheet(clips: Sequence[Clip], captions: Sequence[Caption], columns: int = 2) -> Image.Image:
-    """Each clip as a row of frames under its caption, with a mark: + obeys, - does not (its middle 2 s)."""
-    height, width = clips[0].shape[1:3]
-    gap, text = 2, 13
-    cell_width, cell_height = SHEET_FRAMES * (width + gap) + gap, height + text + 2 * gap
-    sheet = Image.new("RGB", (columns * cell_width, -(-len(clips) // columns) * cell_height), (24, 24, 24))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for index, (clip, caption) in enumerate(zip(clips, captions, strict=False)):
-        left, top = (index % columns) * cell_width, (index // columns) * cell_height
-        right = by_segment(clip, caption)[0]["obeys"] > 0.5
-        colour = (120, 230, 120) if right else (240, 120, 110)
-        draw.text((left + gap, top), f"{'+' if right else '-'} {caption.text}", fill=colour, font=font)
-        for place, frame in enumerate(np.linspace(0, len(clip) - 1, SHEET_FRAMES).round().astype(int)):
-            sheet.paste(Image.fromarray(clip[frame]), (left + gap + place * (width + gap), top + text))
-    return sheet
+def marked_sheet(clips: Sequence[Clip], captions: Sequence[Caption]) -> Image.Image:
+    """Clips under their captions, with a mark: + obeys, - does not (its two windows of 2 s)."""
+    marks = ["+" if by_segment(c, item)[0]["obeys"] > 0.5 else "-" for c, item in zip(clips, captions, strict=True)]
+    texts = [f"{mark} {item.text}" for mark, item in zip(marks, captions, strict=True)]
+    return Image.fromarray(contact_sheet(clips, texts, frames=SHEET_FRAMES, columns=2))

@@ -161,7 +161,7 @@ def signed_distance(x: Tensor, y: Tensor, radius: Tensor, angle: Tensor, shape: 
 
 
 def _star_distance(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """Two mirrors fold the right half plane (u >= 0) into the sector of the upper tip; there one edge's line is left."""
+    """Two mirrors fold the right half plane (u >= 0) into the upper tip's sector; there one edge's line is left."""
     sin, cos = math.sin(math.pi / 5), math.cos(math.pi / 5)
     beyond = (u * cos - v * sin).clamp(min=0.0)  # the line through the dent on the right of the upper tip
     u, v = u - 2 * beyond * cos, v + 2 * beyond * sin

@@ -25,7 +25,7 @@ def test_rendered_clips_obey_and_nulls_do_not() -> None:
     clips = clips_of(ITEMS)
     scores = adherence(clips, ITEMS)
     assert scores == {
-        **{k: 1.0 for k in (*sprites.ATTRIBUTES, "obeys", "presence")},
+        **dict.fromkeys((*sprites.ATTRIBUTES, "obeys", "presence"), 1.0),
         "n": len(ITEMS),
     }
     assert nulls(clips, ITEMS) == {"shuffled": 0.0, "background_only": 0.0}
@@ -84,10 +84,7 @@ def test_switch_latency() -> None:
     earlier = switch_latency(stream, after, 20)
     assert earlier is not None and earlier >= 20 / 16 - 0.5
     assert switch_latency(stream[:64], after, 40) is None
-    assert (
-        switch_latency(stream, parse("a large green star rising over a snow background"), 40)
-        is None
-    )
+    assert switch_latency(stream, parse("a large green star rising over a snow background"), 40) is None
 
 
 def test_derangement_is_fixed_and_moves_every_caption() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ BLOCKS = 6  # more than the window holds
 def build(**scheduler: Any) -> StreamPipeline:
     torch.manual_seed(0)
     values: dict[str, Any] = {"trained_steps": (2,), "window_frames": 6, "sink_frames": 2, **scheduler}
-    transformer, codec = CausalWanModel(ar_values(".")["model"]), SpritesCodec(CODEC)
+    transformer, codec = CausalWanModel(ar_values(Path())["model"]), SpritesCodec(CODEC)
     spread(transformer, codec)
     return StreamPipeline(
         transformer=transformer,

@@ -130,7 +130,7 @@ def test_the_command(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_the_cases_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "shipped_models", list)
     case = bench.sprites(torch.bfloat16)
-    assert case.dtype == torch.bfloat16 and case.weights.startswith("random: there is no shipped model")
+    assert case.dtype == torch.bfloat16 and case.weights.startswith("random (none shipped)")
     assert (case.geometry.height, case.geometry.fps) == (64, 16) and case.codec is not None
     with torch.device("meta"):
         case = bench.mid(torch.float32)

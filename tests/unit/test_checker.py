@@ -103,8 +103,7 @@ def test_tolerates_what_models_do(text: str) -> None:
         "low in contrast": 128 + 0.85 * (clip.astype(np.float32) - 128),
         "pale sprite": behind + 0.8 * (clip - behind),
         "flickering": clip + random.normal(0, 8, (32, 1, 1, 1)),
-        "jittering": behind
-        + np.stack([np.roll(f, s, (0, 1)) for f, s in zip(clip - behind, shift, strict=True)]),
+        "jittering": behind + np.stack([np.roll(f, s, (0, 1)) for f, s in zip(clip - behind, shift, strict=True)]),
         "displaced edge": np.where(
             np.abs(clip - behind).sum(-1, keepdims=True) < 6,
             background(caption)[:, np.maximum(np.arange(64) - 2, 0)],

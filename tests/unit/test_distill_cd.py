@@ -174,3 +174,28 @@ def test_its_card_says_how_it_streams(codec: Path, teacher: Path) -> None:
 def test_a_grid_of_one_step_is_refused(codec: Path, teacher: Path) -> None:
     with pytest.raises(ValueError, match="grid_steps is 1; it must be at least 2"):
         build(codec, teacher, grid_steps=1)
+
+
+@pytest.mark.parametrize(("grid_steps", "segments"), [(8, 2), (6, 3), (4, 4), (4, 1)])
+def test_the_target_of_a_segment_is_two_euler_steps_to_its_end(
+    codec: Path, teacher: Path, grid_steps: int, segments: int
+) -> None:
+    """Teacher's step to the next level, the average's from there to the segment's end, seen as one step from here."""
+    objective = build(codec, teacher, grid_steps=grid_steps, segments=segments)
+    x_t, x0_teacher, x0_ema = torch.randn(3, 5, dtype=torch.float64, generator=rng()).unbind(0)
+    for index in range(grid_steps):
+        end = int(objective.segment_end(torch.tensor(index)))
+        assert end == next(e for e in range(index + 1, grid_steps + 1) if e % (grid_steps // segments) == 0)
+        sigma, following, last = (objective.grid[i].double() for i in (index, index + 1, end))
+        x_next = x0_teacher + (x_t - x0_teacher) * following / sigma
+        x_end = x_next if end == index + 1 else x0_ema + (x_next - x0_ema) * last / following
+        share = objective.teacher_share(sigma, following, last)
+        target = share * x0_teacher + (1 - share) * x0_ema
+        assert torch.allclose(target + (x_t - target) * last / sigma, x_end, atol=1e-12)
+
+
+def test_segments_choose_the_sampler_and_must_divide_the_grid(codec: Path, teacher: Path) -> None:
+    assert build(codec, teacher, segments=4, grid_steps=8).scheduler().sampler == "euler"
+    assert build(codec, teacher).scheduler().sampler == "renoise"
+    with pytest.raises(ValueError, match="must divide grid_steps"):
+        build(codec, teacher, segments=3, grid_steps=8)

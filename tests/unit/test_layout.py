@@ -49,8 +49,7 @@ def imports(source: str) -> Iterator[tuple[int, str, bool]]:
             case ast.ImportFrom(level=0, module=str(module)):
                 names = [module]
             case ast.Call(
-                func=ast.Name(id="import_module" | "__import__")
-                | ast.Attribute(attr="import_module"),
+                func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
                 args=[ast.Constant(value=str(module)), *_],
             ):
                 names = [module]

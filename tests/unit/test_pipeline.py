@@ -438,6 +438,10 @@ def edit(path: Path, **changes: object) -> None:
         (lambda f: edit(f / "transformer/config.json", dim=48), r"its config says \[48"),
         (lambda f: edit(f / "transformer/config.json", num_layers=3), "tensors are missing: blocks"),
         (lambda f: edit(f / "transformer/config.json", num_layers=1), "belong to another model: blocks"),
+        (
+            lambda f: edit(f / "model_index.json", geometry={"height": 16, "width": 32, "latent_channels": 5}),
+            "transformer in_channels is 4, the rest of the model has 5",
+        ),
         (lambda f: edit(f / "transformer/config.json", prediction="x0"), "predicts x0, the scheduler says flow"),
         (lambda f: edit(f / "scheduler/scheduler_config.json", trained_steps=[]), "trained_steps"),
         (lambda f: edit(f / "scheduler/scheduler_config.json", sampler="ddim"), "sampler='ddim'"),
@@ -460,6 +464,14 @@ def test_parts_that_do_not_fit_each_other() -> None:
             codec=pipe.codec,
             text=pipe.text,
             geometry=dataclasses.replace(pipe.geometry, latent_channels=5),
+            scheduler=pipe.scheduler,
+        )
+    with pytest.raises(ValueError, match=r"place_grid is \(4, 4\), the token grid is \(1, 2\)"):
+        StreamPipeline(
+            transformer=CausalWanModel(dataclasses.replace(pipe.transformer.config, place_grid=(4, 4))),
+            codec=pipe.codec,
+            text=pipe.text,
+            geometry=pipe.geometry,
             scheduler=pipe.scheduler,
         )
 

@@ -73,7 +73,7 @@ def test_sizes_and_lead(kind: Kind) -> None:
     frames = 12 if kind == "single" else 48 + lead
     assert clips.video.shape == (3, frames, 3, 64, 64)
     assert (clips.lead_frames, clips.kind) == (lead, kind)
-    assert -1 <= float(clips.video.min()) and float(clips.video.max()) <= 1
+    assert float(clips.video.min()) >= -1 and float(clips.video.max()) <= 1
 
 
 def changes(captions: list[Caption]) -> list[int]:

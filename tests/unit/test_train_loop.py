@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from streamgen.errors import UserError
+from streamgen.sheets import contact_sheet
 from streamgen_train.config import EmaConfig, OptimConfig, ScheduleConfig
 from streamgen_train.ema import Ema, ema_decay
 from streamgen_train.loop import NonFiniteError, Trainer, step_seed, train
 from streamgen_train.optim import Muon, Optimizer, lr_factor, orthogonalise
 from streamgen_train.precision import Masters, probe_precision
-from streamgen_train.samples import contact_sheet
 from tests.runs import assert_golden, losses
 from tests.toy_objective import ToyObjective, build_toy, toy_config
 

@@ -14,6 +14,13 @@ from streamgen_train.config import from_dict
 from streamgen_train.objective import Objective
 
 
+def run(argv: list[str], objectives: Mapping[str, str]) -> int:
+    """The command `streamgen convert RUN DST`; returns the exit code."""
+    source, target = map(Path, argv)
+    print(f"{export(source, target, objectives)}: converted from {source}")
+    return 0
+
+
 def export(run_dir: Path, folder: Path, objectives: Mapping[str, str]) -> Path:
     """Write what the newest checkpoint of `run_dir` made to `folder`; refuses a folder that holds something else."""
     config_file = run_dir / "config.yaml"

@@ -11,8 +11,8 @@ from torch import nn
 from streamgen.batch import generate
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig, StreamPipeline
+from streamgen.sheets import contact_sheet
 from streamgen.worlds.sprites import captions
-from streamgen_train.samples import contact_sheet
 
 
 def pipeline_of(

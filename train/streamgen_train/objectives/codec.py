@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from streamgen.codec import SpritesCodec, SpritesCodecConfig, fit_normalisation, init_linear_from_pca, load_codec
 from streamgen.errors import UserError
+from streamgen.sheets import contact_sheet
 from streamgen.weights import save_component
 from streamgen.worlds import sprites
 from streamgen_train.data import pick_captions
 from streamgen_train.objective import Objective
-from streamgen_train.samples import contact_sheet
 
 
 @dataclass(kw_only=True)
