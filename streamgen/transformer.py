@@ -45,7 +45,7 @@ class TransformerConfig:
     pooled_text: bool = False
     """Not in Wan: the mean text row also goes through an MLP into the time embedding."""
     place_grid: tuple[int, int] | None = None
-    """Not in Wan: a learned embedding of each place of a token grid of (rows, columns), for small models of one size."""
+    """Not in Wan: a learned embedding of each place of a (rows, columns) token grid, for small models of one size."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))  # JSON has lists only

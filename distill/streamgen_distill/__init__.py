@@ -1,5 +1,8 @@
 """Distillation: from a model of many steps to one of few, made the way that it will stream.
 
-Every method is an objective for the loop of streamgen_train; its rollouts are streamgen.rollout, so
-that what is trained is what is served.
+cd.py     causal consistency distillation, plain or in segments
+main.py   `streamgen distill`: the run machinery of streamgen_train with the objectives of this package
+
+Every method is an objective for the loop of streamgen_train. The self-forcing family (DMD, SiD, GAN, long tuning)
+joins here, one file each; its rollouts are streamgen.rollout, so that what is trained is what is served.
 """

@@ -48,6 +48,11 @@ class Config(ArConfig):
             raise ValueError(f"grid_steps is {self.grid_steps}; it must be at least 2")
         if self.segments < 1 or self.grid_steps % self.segments:
             raise ValueError(f"segments is {self.segments}; it must divide grid_steps ({self.grid_steps})")
+        if self.segments > 1 and self.grid_shift != self.sample_shift:
+            raise ValueError(
+                f"grid_shift is {self.grid_shift} and sample_shift {self.sample_shift}; they must be equal, "
+                "for the sampler's steps are the ends of the segments"
+            )
         if self.init_from is None:
             self.init_from = self.teacher_from
 

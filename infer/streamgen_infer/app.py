@@ -241,9 +241,7 @@ def distill(context: typer.Context) -> int:
 @app.command()
 def convert(
     context: typer.Context,
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder of train or distill.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run of train or distill.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder for the model.", show_default=False)],
 ) -> int:
     """Write the averaged weights of a run as a model folder (of a codec run: a codec folder)."""

@@ -175,14 +175,14 @@ def test_kinds_come_in_their_shares(codec: Path) -> None:
     assert shares == pytest.approx({"single": 0.5, "story": 0.375, "gap": 0.125}, abs=0.1)
 
 
-def test_recached_shows_the_past_under_the_prompt_that_follows() -> None:
-    ids = torch.arange(12).view(2, 3, 2)
+def test_recached_shows_the_past_under_the_last_prompt_and_leaves_the_sink() -> None:
+    ids = torch.arange(16).view(2, 4, 2)
     assert torch.equal(recached(ids, 0.0, rng()), ids)
     after = recached(ids, 1.0, rng())
-    assert torch.equal(after[:, :2], ids[:, 1:])
-    assert torch.equal(after[:, 2], ids[:, 2])  # nothing follows the last one
+    assert torch.equal(after[:, 0], ids[:, 0])
+    assert all(torch.equal(after[:, block], ids[:, -1]) for block in (1, 2, 3))
     many = torch.arange(3).view(1, 3, 1).repeat(1000, 1, 1)
-    moved = recached(many, 0.3, rng())[:, 0, 0] == 1
+    moved = recached(many, 0.3, rng())[:, 1, 0] == 2
     assert float(moved.float().mean()) == pytest.approx(0.3, abs=0.05)
     assert torch.equal(recached(many[:, :1], 1.0, rng()), many[:, :1])
 

@@ -49,9 +49,9 @@ def teacher(codec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run("ar", ar.build(config), config, tmp_path_factory.mktemp("runs") / "ar")
 
 
-def codec_run(folder: Path, **changes: Any) -> Path:
+def codec_run(folder: Path, precision: str = "fp32", **changes: Any) -> Path:
     config = codec_objective.Config(codec=CODEC, clips=2, pca_clips=8, side=32, crop=16, **changes)
-    return run("codec", codec_objective.build(config), config, folder)
+    return run("codec", codec_objective.build(config), config, folder, precision=precision)
 
 
 def test_a_codec_run_becomes_a_codec(tmp_path: Path) -> None:
@@ -67,8 +67,9 @@ def test_a_codec_run_becomes_a_codec(tmp_path: Path) -> None:
     assert float(latents.square().mean()) == pytest.approx(1.0, abs=0.4)
 
 
-def test_a_decoder_run_keeps_the_latents_to_the_bit(codec: Path, tmp_path: Path) -> None:
-    source = codec_run(tmp_path / "run", train_encoder=False, init_from=str(codec))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_decoder_run_keeps_the_latents_to_the_bit(codec: Path, tmp_path: Path, precision: str) -> None:
+    source = codec_run(tmp_path / "run", precision, train_encoder=False, init_from=str(codec))
     before, after = load_codec(codec), load_codec(export(source, tmp_path / "out", OBJECTIVES))
     video = torch.rand(1, 8, 3, 32, 32) * 2 - 1
     with torch.no_grad():

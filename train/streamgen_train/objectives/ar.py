@@ -57,7 +57,7 @@ class Config:
     """Share of 'gap' batches among the others."""
     switch_share: float = 0.5
     recache_share: float = 0.5
-    """Share of clips whose past is shown under the prompt of the block that follows it, as after a re-cache."""
+    """Share of clips whose past is shown under the last prompt, as after a re-cache."""
     shifts: tuple[float, ...] = (8.0,)
     """Noise levels are uniform u warped by one of these shifts, drawn evenly: high ones train the decisions (what and
     where), low ones the drawing."""
@@ -271,8 +271,12 @@ def drop_words(ids_BGL: Tensor, text_share: float, word_share: float, rng: torch
 
 
 def recached(ids_BGL: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Prompts of the clean half: in a share of the clips each past block is shown under the prompt that follows it."""
-    after = torch.cat([ids_BGL[:, 1:], ids_BGL[:, -1:]], 1)
+    """Prompts of the clean half: in a share of the clips the past is shown under the last prompt, as a re-cache leaves it.
+
+    The first block is the sink and keeps its own prompt. Blocks before a switch then see the prompt to come in their
+    context; they are asked for the old one by their own text, and learn to heed that.
+    """
+    after = torch.cat([ids_BGL[:, :1], ids_BGL[:, -1:].expand(-1, ids_BGL.shape[1] - 1, -1)], 1)
     chosen = torch.rand(len(ids_BGL), generator=rng) < share
     return torch.where(chosen[:, None, None], after, ids_BGL)
 
