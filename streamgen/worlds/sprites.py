@@ -1,4 +1,4 @@
-"""The sprites world: captioned procedural video whose prompt can be read back from the pixels.
+"""The sprites world: procedural video of the captions of `grammar.py`, which can be read back from the pixels.
 
 Lengths are fractions of the frame's side, times are seconds, y points down, so that any square size
 and any frame rate works. Letters: B scenes, T frames, P sprites (always 2; the second may be hidden).
@@ -6,9 +6,7 @@ and any frame rate works. Letters: B scenes, T frames, P sprites (always 2; the 
 
 from __future__ import annotations
 
-import itertools
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -16,32 +14,53 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Painter = Callable[..., Tensor]  # of the signature of `paint_frames`
-
-COUNTS = ("a", "two")
-SIZES = ("large", "small")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (230, 40, 40),
-    "green": (40, 220, 60),
-    "blue": (50, 90, 250),
-    "yellow": (250, 225, 40),
-    "purple": (180, 50, 220),
-    "white": (250, 250, 250),
-}
-SHAPES = ("circle", "square", "triangle", "star", "ring")
-MOTIONS = (
-    "moving left",
-    "moving right",
-    "rising",
-    "falling",
-    "bouncing",
-    "orbiting",
-    "growing",
-    "shrinking",
-    "spinning",
+from streamgen.worlds.grammar import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    COUNTS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Caption,
+    all_captions,
+    captions,
+    is_held_out,
+    parse,
 )
-BACKGROUNDS = ("black", "navy", "sunset", "grass", "snow")
-ATTRIBUTES = ("count", "size", "color", "shape", "motion", "background")
+
+__all__ = [
+    "ATTRIBUTES",
+    "BACKGROUNDS",
+    "COLORS",
+    "COUNTS",
+    "MOTIONS",
+    "RADIUS",
+    "RADIUS_RANGE",
+    "SHAPES",
+    "SHAPE_EXTENT",
+    "SIZES",
+    "Caption",
+    "Painter",
+    "Scenes",
+    "Track",
+    "all_captions",
+    "background_image",
+    "captions",
+    "draw",
+    "is_held_out",
+    "paint_frames",
+    "parse",
+    "render",
+    "render_switched",
+    "sample_scenes",
+    "signed_distance",
+    "switch_scenes",
+    "to_uint8",
+    "track",
+]
+
+Painter = Callable[..., Tensor]  # of the signature of `paint_frames`
 
 RADIUS = {("a", "large"): 0.19, ("two", "large"): 0.16, ("a", "small"): 0.11, ("two", "small"): 0.10}
 RADIUS_RANGE = {"a": (0.08, 0.22), "two": (0.07, 0.16)}  # of growing and shrinking sprites
@@ -59,54 +78,6 @@ PAIR_DISTANCE = (0.45, 0.50)
 SQUARE_HALF, TRIANGLE_APOTHEM, RING_MIDDLE, RING_HALF = 0.80, 0.56, 0.78, 0.22
 STAR_TIP, STAR_DENT = 1.12, 0.52
 SHAPE_EXTENT = 1.14  # the farthest point of any shape
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """One caption of the grammar; `text` is its canonical form."""
-
-    count: str
-    size: str
-    color: str
-    shape: str
-    motion: str
-    background: str
-
-    @property
-    def text(self) -> str:
-        shape = self.shape + ("s" if self.count == "two" else "")
-        return f"{self.count} {self.size} {self.color} {shape} {self.motion} over a {self.background} background"
-
-
-def all_captions() -> list[Caption]:
-    """All 5400 captions, in a fixed order."""
-    axes = (COUNTS, SIZES, tuple(COLORS), SHAPES, MOTIONS, BACKGROUNDS)
-    return [Caption(*values) for values in itertools.product(*axes)]
-
-
-def is_held_out(caption: Caption) -> bool:
-    """The held-out tenth: never rendered for training, in any role."""
-    return zlib.crc32(caption.text.encode()) % 10 == 0
-
-
-@lru_cache(maxsize=3)
-def captions(split: str = "train") -> tuple[Caption, ...]:
-    """Captions of a split: 'train', 'heldout' or 'all'."""
-    if split not in ("train", "heldout", "all"):
-        raise ValueError(f"split is {split!r}; allowed: 'train', 'heldout', 'all'")
-    return tuple(c for c in all_captions() if split == "all" or is_held_out(c) == (split == "heldout"))
-
-
-def parse(text: str) -> Caption:
-    """Read a canonical caption back; raises ValueError for anything outside the grammar."""
-    for caption in _by_text().get(" ".join(text.lower().split()), ()):
-        return caption
-    raise ValueError(f"{text!r} is not a caption of the sprites grammar")
-
-
-@lru_cache(maxsize=1)
-def _by_text() -> dict[str, tuple[Caption, ...]]:
-    return {c.text: (c,) for c in all_captions()}
 
 
 def background_image(name: str, side: int) -> Tensor:

@@ -271,7 +271,7 @@ def drop_words(ids_BGL: Tensor, text_share: float, word_share: float, rng: torch
 
 
 def recached(ids_BGL: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Prompts of the clean half: in a share of the clips the past is shown under the last prompt, as a re-cache leaves it.
+    """Prompts of the clean half: in a share of the clips the past is shown under the last prompt, as after a re-cache.
 
     The first block is the sink and keeps its own prompt. Blocks before a switch then see the prompt to come in their
     context; they are asked for the old one by their own text, and learn to heed that.
