@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## stream two prompts to demo.mp4, the second taking over while the first plays
-	$(BIN)/streamgen stream "a large red star spinning over a snow background" \
-	  --switch "8=two small blue circles moving left over a navy background" \
+	$(BIN)/streamgen stream "two large green circles bouncing over a grass background" \
+	  --switch "8=two large yellow rings moving left over a sunset background" \
 	  --seconds 16 --seed 7 --scale 4 --out demo.mp4 --overwrite
 
 test: setup  ## the whole suite, two workers of one thread each
