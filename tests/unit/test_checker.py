@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from streamgen.worlds import checker, sprites
+from streamgen.worlds import checker, regions, sprites
 from streamgen.worlds.checker import check, obeys
 from streamgen.worlds.sprites import Caption, parse
 
@@ -226,7 +226,7 @@ def test_components_on_the_torus() -> None:
     mask[1, 3, 3] = mask[1, 4, 4] = True  # diagonal
     mask[1, 8, 8:14] = mask[1, 10, 8:14] = mask[1, 9, 8] = True  # joined at one end
     mask[1, 12, 1] = True
-    pixel, owner, number = checker._components(mask)
+    pixel, owner, number = regions.components(mask)
     assert number == 5
     assert sorted(np.bincount(owner).tolist()) == [1, 2, 10, 12, 13]
     assert (np.sort(pixel) == np.flatnonzero(mask)).all()
@@ -237,15 +237,15 @@ def test_components_on_the_torus() -> None:
 def test_components_equal_a_flood_fill() -> None:
     mask = np.random.default_rng(1).random((3, 12, 12)) < 0.4
     mask[:, :, 0] = mask[:, :, -1] = False  # diagonals across the side edge are not joined
-    pixel, owner, number = checker._components(mask)
+    pixel, owner, number = regions.components(mask)
     label = np.full(mask.size, -1)
     label[pixel] = owner
     seen: set[int] = set()
-    regions = 0
+    filled = 0
     for start in pixel.tolist():
         if start in seen:
             continue
-        regions += 1
+        filled += 1
         stack = [start]
         while stack:
             at = stack.pop()
@@ -259,7 +259,7 @@ def test_components_equal_a_flood_fill() -> None:
                     near = (frame, (y + dy) % 12, (x + dx) % 12)
                     if mask[near]:
                         stack.append(int(np.ravel_multi_index(near, mask.shape)))
-    assert regions == number
+    assert filled == number
 
 
 @pytest.mark.parametrize(
