@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from streamgen.codec import to_uint8
 from streamgen.pipeline import StreamPipeline
+from streamgen.pixels import to_uint8
 from streamgen.rollout import StreamState, rollout_block
 from streamgen.transformer import TextContext
 
@@ -53,7 +53,7 @@ def generate(
             transition=transition if change is not None else None,
         )
         video, state.codec = pipe.codec.decode_stream(latents, state.codec)
-        frames = torch.from_numpy(to_uint8(video))
+        frames = to_uint8(video).cpu()
         if on_block is None:
             made.append(frames)
         else:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -237,9 +236,3 @@ def load_codec(folder: str | Path) -> SpritesCodec:
     codec = SpritesCodec(build_config(SpritesCodecConfig, values, str(path)))
     load_weights(codec, tensors, where=str(path), dtype=torch.float32)
     return codec
-
-
-def to_uint8(video_BTCHW: Tensor) -> np.ndarray:
-    """Video in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    scaled = ((video_BTCHW.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return scaled.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()

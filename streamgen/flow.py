@@ -69,7 +69,7 @@ def sigma_grid(num_steps: int, shift: float) -> Tensor:
     return torch.tensor(step_sigmas(num_steps, shift), dtype=torch.float32)
 
 
-def sample_sigma(u: Tensor, shift: float) -> Tensor:
+def sample_sigma(u: Tensor, shift: float | Tensor) -> Tensor:
     """Training levels from uniform u in (0, 1), any shape: the same warp as the sampler's."""
     return shift_sigma(u, shift)
 

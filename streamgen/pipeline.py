@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from streamgen.cache import CacheSpec, KVCache
-from streamgen.codec import SpritesCodec, SpritesCodecConfig, to_uint8
+from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.errors import UserError
 from streamgen.flow import Prediction, step_sigmas
 from streamgen.geometry import VideoGeometry
@@ -40,7 +40,7 @@ from streamgen.weights import (
     write_json,
 )
 
-__all__ = ["DTYPES", "STATE_MARK", "Block", "SchedulerConfig", "Stream", "StreamPipeline", "probe_dtype", "to_uint8"]
+__all__ = ["DTYPES", "STATE_MARK", "Block", "SchedulerConfig", "Stream", "StreamPipeline", "probe_dtype"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

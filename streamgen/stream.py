@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamgen.codec import CodecState, to_uint8
+from streamgen.codec import CodecState
 from streamgen.errors import UserError
+from streamgen.pixels import to_uint8
 from streamgen.rollout import Cancelled, StreamState, rollout_block
 from streamgen.timeline import Cue, PromptTimeline
 from streamgen.transformer import TextContext
@@ -138,7 +139,7 @@ class Stream(Iterator[Block]):
         def decode(latents: Tensor) -> None:
             with torch.no_grad():
                 video, codec_state = self.pipe.codec.decode_stream(latents, state.codec)
-                decoded.append((to_uint8(video)[0], codec_state))
+                decoded.append((to_uint8(video)[0].cpu().numpy(), codec_state))
             laps["decode"].append(clock.lap())
 
         index = state.position

@@ -19,6 +19,18 @@ from streamgen_train.objectives import ar
 
 GEOMETRY = VideoGeometry(height=32, width=32, latent_channels=4, block_frames=2)
 CODEC = SpritesCodecConfig(latent_channels=4, encoder_dim=8, decoder_dim=8, decoder_blocks=1, head_dim=8)
+TRANSFORMER = TransformerConfig(
+    dim=24,
+    ffn_dim=32,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    text_len=8,
+    freq_dim=16,
+    pooled_text=True,
+)
 
 
 def spread(*modules: nn.Module, std: float = 0.15) -> None:
@@ -40,18 +52,7 @@ def save_codec(folder: Path, seed: int = 0) -> Path:
 def ar_values(codec: Path, **changes: Any) -> dict[str, Any]:
     """Keywords of the config of an autoregressive objective (or of one that adds to it)."""
     values: dict[str, Any] = {
-        "model": TransformerConfig(
-            dim=24,
-            ffn_dim=32,
-            num_heads=2,
-            num_layers=2,
-            in_channels=4,
-            out_channels=4,
-            text_dim=8,
-            text_len=8,
-            freq_dim=16,
-            pooled_text=True,
-        ),
+        "model": TRANSFORMER,
         "codec_from": str(codec),
         "text": SpritesTextConfig(text_dim=8),
         "geometry": GEOMETRY,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from streamgen import flow
 from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel
-from streamgen_train.objectives.ar import ArObjective, Batch, load_weights
+from streamgen_train.checkpoint import load_into
+from streamgen_train.objectives.ar import ArObjective, Batch
 from streamgen_train.objectives.ar import Config as ArConfig
 
 
@@ -75,7 +77,7 @@ class ConsistencyObjective(ArObjective):
                 "transformer": CausalWanModel(self.config.model, attention_backend=self.config.attention_backend),
                 "text": SpritesTextEncoder(self.config.text),
             }
-            load_weights(self.config.teacher_from, self.teacher)
+            load_into(Path(self.config.teacher_from), self.teacher)
         super().prepare(device, dtype)
         self.grid = self.grid.to(device)
         for module in self.teacher.values():

@@ -26,7 +26,8 @@ from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
-from streamgen.pipeline import DTYPES, SchedulerConfig, StreamPipeline, to_uint8
+from streamgen.pipeline import DTYPES, SchedulerConfig, StreamPipeline
+from streamgen.pixels import to_uint8
 from streamgen.resources import configs_dir, shipped_models
 from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from streamgen.pixels import to_uint8
 from streamgen.worlds.grammar import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -442,8 +443,3 @@ def paint_frames(
         paint = colors[:, :, None, None] * shade[:, None]
         frames = frames + (paint - frames) * alpha[:, None]
     return frames * (2 / 255) - 1
-
-
-def to_uint8(video: Tensor) -> Tensor:
-    """[-1, 1] float [..., 3, H, W] -> uint8 [..., H, W, 3]."""
-    return ((video.movedim(-3, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

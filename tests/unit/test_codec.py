@@ -19,10 +19,10 @@ from streamgen.codec import (
     fit_normalisation,
     init_linear_from_pca,
     load_codec,
-    to_uint8,
 )
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
+from streamgen.pixels import to_uint8
 from streamgen.weights import save_component
 
 CONFIG = SpritesCodecConfig(latent_channels=6, encoder_dim=8, decoder_dim=8, decoder_blocks=1, head_dim=8)
@@ -218,6 +218,6 @@ def test_files_of_another_size_or_of_nothing_are_refused(tmp_path: Path) -> None
 
 def test_uint8_is_rounded_clamped_and_channels_last() -> None:
     levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
-    out = to_uint8(levels.view(1, 5, 1, 1, 1).expand(1, 5, 3, 2, 4).bfloat16())
+    out = to_uint8(levels.view(1, 5, 1, 1, 1).expand(1, 5, 3, 2, 4).bfloat16()).numpy()
     assert out.dtype == np.uint8 and out.shape == (1, 5, 2, 4, 3) and out.flags["C_CONTIGUOUS"]
     assert out[0, :, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]

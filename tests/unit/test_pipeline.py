@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from streamgen import pipeline
-from streamgen.codec import SpritesCodec, SpritesCodecConfig
+from streamgen.codec import SpritesCodec
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import Block, SchedulerConfig, Stream, StreamPipeline, probe_dtype
+from streamgen.pixels import to_uint8
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from tests.tiny_sprites import CODEC, TRANSFORMER
 
 STAR = "a red star spinning over a snow background"
 RING = "a blue ring rising over a navy background"
@@ -27,23 +28,7 @@ DISC = "two small white circles falling over a grass background"
 
 def build(seed: int = 0, **geometry: object) -> StreamPipeline:
     torch.manual_seed(seed)
-    transformer = CausalWanModel(
-        TransformerConfig(
-            dim=24,
-            ffn_dim=32,
-            num_heads=2,
-            num_layers=2,
-            in_channels=4,
-            out_channels=4,
-            text_dim=8,
-            text_len=8,
-            freq_dim=16,
-            pooled_text=True,
-        )
-    )
-    codec = SpritesCodec(
-        SpritesCodecConfig(latent_channels=4, encoder_dim=8, decoder_dim=8, decoder_blocks=1, head_dim=8)
-    )
+    transformer, codec = CausalWanModel(TRANSFORMER), SpritesCodec(CODEC)
     for parameter in (*transformer.parameters(), *codec.parameters()):
         torch.nn.init.normal_(parameter, std=0.15)
     return StreamPipeline(
@@ -106,7 +91,7 @@ def test_streamed_frames_equal_the_whole_video_decoded_at_once(pipe: StreamPipel
     for _ in range(3):
         frames.append(next(stream).frames)
         latents += list(stream.state.recent.values())[-3:]
-    whole = pipeline.to_uint8(pipe.codec.decode(torch.stack(latents, 1)))[0]
+    whole = to_uint8(pipe.codec.decode(torch.stack(latents, 1)))[0].numpy()
     assert np.abs(whole.astype(int) - np.concatenate(frames).astype(int)).max() <= 1
 
 

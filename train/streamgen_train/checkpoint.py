@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamgen.errors import UserError
 
@@ -109,6 +109,14 @@ def load_modules(path: Path, *, ema: bool = True) -> dict[str, dict[str, Tensor]
             key, name = full_name.split(".", 1)
             modules[key][name] = tensor
     return modules
+
+
+def load_into(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """The averaged weights of a run or checkpoint into modules of the same names."""
+    found = load_modules(path)
+    check_fits({key: module.state_dict() for key, module in modules.items()}, found, path)
+    for key, module in modules.items():
+        module.load_state_dict(found[key])
 
 
 def check_fits(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from streamgen.errors import UserError
-from streamgen_train import checkpoint
+from streamgen_train.checkpoint import load_into
 from streamgen_train.config import from_dict
 from streamgen_train.objective import Objective
 
@@ -29,11 +29,9 @@ def export(run_dir: Path, folder: Path, objectives: Mapping[str, str]) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name a new folder, or remove it first")
     objective = build_objective(config_file, objectives)
-    state = checkpoint.load_modules(run_dir)
     modules = objective.modules()
-    checkpoint.check_fits({k: m.state_dict() for k, m in modules.items()}, state, run_dir)
-    for name, module in modules.items():
-        module.load_state_dict(state[name])
+    load_into(run_dir, modules)
+    for module in modules.values():
         module.eval().requires_grad_(False)
     with torch.no_grad():
         objective.export(modules, folder)

@@ -27,7 +27,7 @@ from streamgen.rope import rope_table
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen.worlds import sprites
-from streamgen_train.checkpoint import check_fits, load_modules
+from streamgen_train.checkpoint import load_into
 from streamgen_train.clips import Clips, Kind, make_clips
 from streamgen_train.objective import Objective
 from streamgen_train.pictures import pipeline_of, sample_sheet
@@ -104,7 +104,7 @@ class ArObjective(Objective):
             self.codec = load_codec(self.config.codec_from)
             self.codec.requires_grad_(False)
             if self.config.init_from is not None:
-                load_weights(self.config.init_from, self.modules())
+                load_into(Path(self.config.init_from), self.modules())
         super().prepare(device, dtype)
         self.codec.to(device, dtype)
         self._tables.clear()
@@ -197,7 +197,7 @@ class ArObjective(Objective):
         """A noise level for each block."""
         shifts = torch.tensor(self.config.shifts, device=like_BG.device)
         shift_BG = shifts[torch.randint(len(shifts), like_BG.shape, device=like_BG.device)]
-        return flow.shift_sigma(torch.rand_like(like_BG), shift_BG)
+        return flow.sample_sigma(torch.rand_like(like_BG), shift_BG)
 
     def per_frame(self, values_BG: Tensor) -> Tensor:
         """[B, G] -> [B, F]."""
@@ -279,14 +279,6 @@ def recached(ids_BGL: Tensor, share: float, rng: torch.Generator) -> Tensor:
     after = torch.cat([ids_BGL[:, :1], ids_BGL[:, -1:].expand(-1, ids_BGL.shape[1] - 1, -1)], 1)
     chosen = torch.rand(len(ids_BGL), generator=rng) < share
     return torch.where(chosen[:, None, None], after, ids_BGL)
-
-
-def load_weights(path: str, modules: Mapping[str, nn.Module]) -> None:
-    """EMA weights of a run into modules of the same names."""
-    found = load_modules(Path(path))
-    check_fits({k: m.state_dict() for k, m in modules.items()}, found, Path(path))
-    for name, module in modules.items():
-        module.load_state_dict(found[name])
 
 
 def build(config: Config) -> ArObjective:
