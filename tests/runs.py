@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from streamgen_train.logs import read_jsonl
+from streamgen_train.objective import Turn
 
 GOLDEN = Path(__file__).parent / "golden"
 TIMES = ("step_s", "clips_per_s", "elapsed_s")
@@ -45,3 +46,8 @@ def assert_golden(name: str, run_dir: Path) -> None:
     golden = json.loads((GOLDEN / f"{name}_losses.json").read_text())
     tolerance = 0.0 if environment() == golden["environment"] else 1e-5
     assert losses(run_dir) == pytest.approx(golden["losses"], rel=tolerance, abs=0.0)
+
+
+def turn(step: int = 0, seed: int = 0, player: str = "model") -> Turn:
+    """A turn as the loop would make it, with generators of this seed."""
+    return Turn(step, torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1), player)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamgen_train.config import CheckpointConfig, EmaConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
 from streamgen_train.loop import train
-from streamgen_train.objective import Objective
+from streamgen_train.objective import Objective, Turn
 
 
 @dataclass(kw_only=True)
@@ -37,8 +37,8 @@ class ToyObjective(Objective):
     def modules(self) -> dict[str, nn.Module]:
         return {"net": self.net, "head": self.head}
 
-    def batch(self, step: int, rng: torch.Generator) -> Tensor:
-        return torch.randn(8, 12, generator=rng).to(self.device, self.dtype)
+    def batch(self, turn: Turn) -> Tensor:
+        return torch.randn(8, 12, generator=turn.rng).to(self.device, self.dtype)
 
     def predict(self, modules: Mapping[str, nn.Module], x: Tensor) -> Tensor:
         net = modules["net"]
@@ -46,7 +46,7 @@ class ToyObjective(Objective):
         first, second = net["blocks"].children()
         return modules["head"](net["norm"](second(torch.relu(first(x)))))
 
-    def loss(self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensor, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
         out = self.predict(self.modules(), batch + 0.1 * torch.randn_like(batch)).float()
         error = out - batch[:, :4].float().sin()
         if ema is not None:

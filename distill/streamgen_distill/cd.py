@@ -28,8 +28,10 @@ from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel
 from streamgen_train.checkpoint import load_into
-from streamgen_train.objectives.ar import ArObjective, Batch
+from streamgen_train.objective import Turn
+from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.ar import Config as ArConfig
+from streamgen_train.objectives.video import Batch
 
 
 @dataclass(kw_only=True)
@@ -88,7 +90,7 @@ class ConsistencyObjective(ArObjective):
         if self.teacher is not None and modules["transformer"] is self.model:
             self.teacher["transformer"].compile(dynamic=False)
 
-    def loss(self, batch: Batch, step: int, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
         assert ema is not None
         x0 = batch.x0_BFCHW
         index_BG = torch.randint(self.config.grid_steps, batch.scored_BG.shape, device=x0.device)

@@ -17,7 +17,7 @@ from streamgen_distill.cd import ConsistencyObjective
 from streamgen_train.checkpoint import load_modules
 from streamgen_train.clips import Kind
 from streamgen_train.loop import Trainer, train
-from tests.runs import losses
+from tests.runs import losses, turn
 from tests.tiny_sprites import ar_values, build_ar, save_codec, spread, train_config
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_loss_equals_the_definition_written_out(
     objective, ema = three_models(codec, teacher, grid_steps=4, guidance=guidance, segments=segments)
     batch = objective.make_batch(kind, 3, rng())
     torch.manual_seed(5)
-    loss, metrics = objective.loss(batch, 0, ema)
+    loss, metrics = objective.loss(batch, turn(), ema)
 
     torch.manual_seed(5)
     index = torch.randint(4, batch.scored_BG.shape)
@@ -113,7 +113,7 @@ def test_the_last_step_of_the_grid_learns_the_teachers_x0(codec: Path, teacher: 
 
     seed = next(seed for seed in range(50) if drawn(seed) == 1)
     torch.manual_seed(seed)
-    loss, _ = objective.loss(batch, 0, ema)
+    loss, _ = objective.loss(batch, turn(), ema)
     drawn(seed)
     eps, sigma = torch.randn_like(batch.x0_BFCHW), objective.grid[1].expand(1, 2)
     x_t = (1 - at(sigma)) * batch.x0_BFCHW + at(sigma) * eps
@@ -124,7 +124,7 @@ def test_the_last_step_of_the_grid_learns_the_teachers_x0(codec: Path, teacher: 
     assert float(loss.detach()) == pytest.approx(float((student - target).square().mean()), rel=1e-4)
     spread(*ema.values())
     torch.manual_seed(seed)
-    assert float(objective.loss(batch, 0, ema)[0].detach()) == float(loss.detach())
+    assert float(objective.loss(batch, turn(), ema)[0].detach()) == float(loss.detach())
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -132,7 +132,7 @@ def test_gradients_go_through_the_student_alone(codec: Path, teacher: Path, guid
     objective, ema = three_models(codec, teacher, guidance=guidance)
     for module in ema.values():
         module.requires_grad_(True)  # would take a gradient if it were offered one
-    objective.loss(objective.make_batch("story", 2, rng()), 0, ema)[0].backward()
+    objective.loss(objective.make_batch("story", 2, rng()), turn(), ema)[0].backward()
     assert objective.teacher is not None and objective.codec is not None
     for module in (*ema.values(), *objective.teacher.values(), objective.codec):
         assert all(parameter.grad is None for parameter in module.parameters())

@@ -17,8 +17,9 @@ from streamgen.errors import UserError
 from streamgen_train import checkpoint
 from streamgen_train.clips import Kind, make_clips
 from streamgen_train.loop import train
-from streamgen_train.objectives.ar import ArObjective, Batch, drop_words, recached
-from tests.runs import assert_equal_states, assert_golden, curve, losses
+from streamgen_train.objectives.ar import ArObjective
+from streamgen_train.objectives.video import Batch, drop_words, recached
+from tests.runs import assert_equal_states, assert_golden, curve, losses, turn
 from tests.tiny_sprites import GEOMETRY, build_ar, save_codec, train_config
 
 KINDS: tuple[Kind, ...] = ("single", "story", "gap")
@@ -80,7 +81,7 @@ def test_loss_equals_the_stream_written_out(codec: Path, kind: Kind, changes: di
     objective = prepared(codec, **changes)
     batch = objective.make_batch(kind, 3, rng())
     torch.manual_seed(5)
-    loss, metrics = objective.loss(batch, 0, None)
+    loss, metrics = objective.loss(batch, turn(), None)
     assert loss.requires_grad
 
     torch.manual_seed(5)
@@ -119,7 +120,7 @@ def test_the_weighted_x0_loss_is_the_flow_loss_above_the_floor(codec: Path) -> N
     objective = prepared(codec, shifts=(1e6,))  # sigma 1 everywhere
     batch = objective.make_batch("single", 4, rng())
     torch.manual_seed(5)
-    loss, metrics = objective.loss(batch, 0, None)
+    loss, metrics = objective.loss(batch, turn(), None)
     assert float(loss.detach()) == pytest.approx(float(metrics["mse_single"]), rel=1e-3)
 
 
@@ -169,8 +170,8 @@ def test_the_first_latent_after_a_gap_has_seen_the_frames_before_it(codec: Path)
 
 def test_kinds_come_in_their_shares(codec: Path) -> None:
     objective = prepared(codec, single_share=0.5, gap_share=0.25, single_until=3, clips=1, single_clips=1)
-    assert {objective.batch(step, rng(step)).kind for step in range(3)} == {"single"}
-    kinds = [objective.batch(3, rng(seed)).kind for seed in range(120)]
+    assert {objective.batch(turn(step, step)).kind for step in range(3)} == {"single"}
+    kinds = [objective.batch(turn(3, seed)).kind for seed in range(120)]
     shares = {kind: kinds.count(kind) / len(kinds) for kind in KINDS}
     assert shares == pytest.approx({"single": 0.5, "story": 0.375, "gap": 0.125}, abs=0.1)
 
@@ -237,7 +238,7 @@ def test_it_learns(codec: Path, tmp_path: Path) -> None:
 
 def test_the_codec_is_frozen_and_both_parts_learn(codec: Path) -> None:
     objective = prepared(codec)
-    loss, _ = objective.loss(objective.make_batch("story", 2, rng()), 0, None)
+    loss, _ = objective.loss(objective.make_batch("story", 2, rng()), turn(), None)
     loss.backward()
     assert objective.codec is not None and all(p.grad is None for p in objective.codec.parameters())
     assert all(p.grad is not None for module in objective.modules().values() for p in module.parameters())

@@ -17,7 +17,7 @@ from streamgen_train import checkpoint
 from streamgen_train.loop import train
 from streamgen_train.objectives import codec as objectives
 from streamgen_train.objectives.codec import CodecObjective, psnr_db
-from tests.runs import assert_equal_states, losses
+from tests.runs import assert_equal_states, losses, turn
 from tests.tiny_sprites import CODEC, save_codec, train_config
 
 
@@ -54,8 +54,8 @@ def test_loss_is_the_error_of_the_streamed_reconstruction() -> None:
     """Frame group by frame group through encode_stream and decode_stream, as a viewer gets it."""
     objective = prepared(latent_noise=0.0, clip_frames=16)
     scramble(objective)
-    video = objective.batch(0, rng())
-    loss, metrics = objective.loss(video, 0, None)
+    video = objective.batch(turn())
+    loss, metrics = objective.loss(video, turn(), None)
     encoded = decoded = None
     frames = []
     for piece in video.split(4, 1):
@@ -71,13 +71,13 @@ def test_loss_is_the_error_of_the_streamed_reconstruction() -> None:
 @torch.no_grad()
 def test_noise_on_the_latents_has_the_deviation_asked_for() -> None:
     quiet, noisy = prepared(latent_noise=0.0), prepared(latent_noise=0.5)
-    video = quiet.batch(0, rng())
+    video = quiet.batch(turn())
     seen: list[Tensor] = []
     noisy.codec.decode_in.register_forward_pre_hook(lambda layer, arguments: seen.append(arguments[0]))
-    noisy.loss(video, 0, None)
+    noisy.loss(video, turn(), None)
     raw = noisy.codec.encode(video)
     assert float((seen[0].view_as(raw) - raw).std()) == pytest.approx(0.5, rel=0.1)
-    assert float(quiet.loss(video, 0, None)[0]) < float(noisy.loss(video, 0, None)[0])
+    assert float(quiet.loss(video, turn(), None)[0]) < float(noisy.loss(video, turn(), None)[0])
 
 
 def test_psnr() -> None:
@@ -115,18 +115,18 @@ def test_crops_are_on_the_grid_and_where_the_edges_are() -> None:
 
 def test_batches_are_a_function_of_the_generator_and_never_held_out() -> None:
     objective = prepared()
-    assert objective.batch(0, rng(1)).shape == (4, 8, 3, 16, 16)
-    assert torch.equal(objective.batch(0, rng(1)), objective.batch(9, rng(1)))
-    assert not torch.equal(objective.batch(0, rng(1)), objective.batch(0, rng(2)))
+    assert objective.batch(turn(0, 1)).shape == (4, 8, 3, 16, 16)
+    assert torch.equal(objective.batch(turn(0, 1)), objective.batch(turn(9, 1)))
+    assert not torch.equal(objective.batch(turn(0, 1)), objective.batch(turn(0, 2)))
 
 
 def test_it_learns() -> None:
     objective = prepared()
-    video = objective.batch(0, rng())
+    video = objective.batch(turn())
     optimizer = torch.optim.Adam(objective.codec.parameters(), 3e-3)
     curve = []
     for step in range(60):
-        loss, _ = objective.loss(video, step, None)
+        loss, _ = objective.loss(video, turn(step), None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

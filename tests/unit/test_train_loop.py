@@ -19,6 +19,7 @@ from streamgen.sheets import contact_sheet
 from streamgen_train.config import EmaConfig, OptimConfig, ScheduleConfig
 from streamgen_train.ema import Ema, ema_decay
 from streamgen_train.loop import NonFiniteError, Trainer, step_seed, train
+from streamgen_train.objective import Turn
 from streamgen_train.optim import Muon, Optimizer, lr_factor, orthogonalise
 from streamgen_train.precision import Masters, probe_precision
 from tests.runs import assert_golden, losses
@@ -59,10 +60,10 @@ def test_metrics_of_some_steps_are_means_of_those_steps(tmp_path: Path) -> None:
 
     class Kinds(ToyObjective):
         def loss(
-            self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None
+            self, batch: Tensor, turn: Turn, ema: Mapping[str, nn.Module] | None
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, _ = super().loss(batch, step, ema)
-            return loss, {"late": torch.tensor(float(step))} if step >= 3 and step % 2 else {}
+            loss, _ = super().loss(batch, turn, ema)
+            return loss, {"late": torch.tensor(float(turn.step))} if turn.step >= 3 and turn.step % 2 else {}
 
     config = toy_config(max_steps=6)
     config.log.every = 2
@@ -93,8 +94,8 @@ def test_accumulation_equals_the_mean_over_microbatches() -> None:
     for micro in range(3):
         seed = step_seed(0, 0, micro)
         torch.manual_seed(seed)
-        batch = twin.batch(0, torch.Generator().manual_seed(seed))
-        total = total + twin.loss(batch, 0, None)[0] / 3
+        turn = Turn(0, torch.Generator().manual_seed(seed), torch.Generator(), micro=micro)
+        total = total + twin.loss(twin.batch(turn), turn, None)[0] / 3
     total.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for m in twin.modules().values() for p in m.parameters()))
     numbers = trainer.train_step()
@@ -245,11 +246,11 @@ class Broken(ToyObjective):
         super().__init__()
         self.where = where
 
-    def loss(self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = super().loss(batch, step, ema)
-        if step == 3 and self.where == "loss":
+    def loss(self, batch: Tensor, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().loss(batch, turn, ema)
+        if turn.step == 3 and self.where == "loss":
             loss = loss * float("nan")
-        if step == 3 and self.where == "gradient":
+        if turn.step == 3 and self.where == "gradient":
             bias = self.head.bias
             loss = loss + (torch.sqrt((bias - bias.detach()).abs())).sum()  # 0 with an infinite slope
         return loss, metrics

@@ -112,8 +112,11 @@ def load_modules(path: Path, *, ema: bool = True) -> dict[str, dict[str, Tensor]
 
 
 def load_into(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    """The averaged weights of a run or checkpoint into modules of the same names."""
-    found = load_modules(path)
+    """The averaged weights of a run or checkpoint into modules of the same names; other modules in it are passed over
+    (a student starts without the critic of the stage before).
+    """
+    held = load_modules(path)
+    found = {key: tensors for key, tensors in held.items() if key in modules}
     check_fits({key: module.state_dict() for key, module in modules.items()}, found, path)
     for key, module in modules.items():
         module.load_state_dict(found[key])

@@ -24,7 +24,7 @@ from streamgen_train import checkpoint
 from streamgen_train.config import TrainConfig
 from streamgen_train.ema import Ema
 from streamgen_train.logs import Display, RunLog, write_provenance
-from streamgen_train.objective import Objective
+from streamgen_train.objective import Objective, Turn
 from streamgen_train.optim import Optimizer, lr_factor, muon_names, probe_newton_schulz
 from streamgen_train.precision import DTYPES, Masters, probe_precision
 from streamgen_train.signals import StopSignals
@@ -32,6 +32,7 @@ from streamgen_train.signals import StopSignals
 OnProgress = Callable[[int, Mapping[str, float]], None]
 Status = Literal["done", "interrupted", "time"]
 EVALUATION = 2**31  # microbatch number that seeds validation and pictures
+SHARED = EVALUATION + 1  # and the one that seeds what all microbatches of a step have in common
 
 
 class NonFiniteError(RuntimeError):
@@ -213,8 +214,13 @@ class Trainer:
         for micro in range(config.accumulate):
             seed = step_seed(config.seed, self.step, micro)
             torch.manual_seed(seed)
-            batch = self.objective.batch(self.step, torch.Generator().manual_seed(seed))
-            loss, metrics = self.objective.loss(batch, self.step, ema)
+            turn = Turn(
+                self.step,
+                torch.Generator().manual_seed(seed),
+                torch.Generator().manual_seed(step_seed(config.seed, self.step, SHARED)),
+                micro=micro,
+            )
+            loss, metrics = self.objective.loss(self.objective.batch(turn), turn, ema)
             (loss / config.accumulate).backward()
             self.masters.collect_grads()
             for name, value in {"loss": loss, **metrics}.items():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,28 @@ from streamgen.errors import UserError
 Modules = Mapping[str, nn.Module]
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One microbatch of one player's optimiser step."""
+
+    step: int
+    rng: torch.Generator
+    """CPU generator of this microbatch, seeded from (seed, step, player, micro)."""
+    shared: torch.Generator
+    """The same numbers in every microbatch and every process of the step: for what all must do alike, such as the exit
+    step or the length of a rollout (processes that differ there wait for each other for ever)."""
+    player: str = "model"
+    micro: int = 0
+    """Number of the microbatch in the step, counted over all processes."""
+
+
 class Objective(ABC):
     """A loss with the modules it trains and the data it needs.
 
     Build it cheaply (it is also built on the meta device for `dry_run`); open files and move frozen
-    parts in `prepare`. Everything random is drawn from the generator given to `batch`, or from
-    torch's global generators: the loop seeds both from (seed, step, microbatch) before each call,
-    so a batch is a function of the step alone and resuming is exact.
+    parts in `prepare`. Everything random is drawn from the generators of the turn, or from
+    torch's global generators: the loop seeds all from (seed, step, player, microbatch) before each call,
+    so a batch is a function of the turn alone and resuming is exact.
     """
 
     needs_ema: bool = False
@@ -42,15 +58,36 @@ class Objective(ABC):
         averaged.
         """
 
-    @abstractmethod
-    def batch(self, step: int, rng: torch.Generator) -> Any:
-        """The data of one microbatch, a function of the state of `rng` (a CPU generator) and `step`
-        only.
+    def players(self) -> dict[str, tuple[str, ...]]:
+        """Who learns what: player -> names of the modules that its optimiser steps change.
+
+        One player with all modules by default; a student and its critic are two, with an optimiser and a loss each.
         """
+        return {"model": tuple(self.modules())}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Players that make an optimiser step at `step`, in this order; a function of `step` alone."""
+        return tuple(self.players())
 
     @abstractmethod
-    def loss(self, batch: Any, step: int, ema: Modules | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and detached scalar metrics to log."""
+    def batch(self, turn: Turn) -> Any:
+        """The data of one microbatch, a function of `turn` only (and of `state_dict`, for objectives that have one)."""
+
+    @abstractmethod
+    def loss(self, batch: Any, turn: Turn, ema: Modules | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss of `turn.player` and detached scalar metrics to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs besides weights and the step: streams that live on over iterations, say.
+
+        Plain containers and tensors, keyed so that another number of processes can share it out: by `Turn.micro`.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        if state:
+            raise UserError(f"the checkpoint holds a state ({', '.join(map(str, state))}) that this objective has not")
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Called before the first batch: `device` to run on and compute dtype that the trainable

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamgen_train.objective import Modules, Objective
+from streamgen_train.objective import Modules, Objective, Turn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_MUST_WIN_BY = 1.15  # a tie goes to fp32, which is the better number format
@@ -102,15 +102,16 @@ def probe_precision(objective: Objective, device: torch.device) -> tuple[str, di
         modules = objective.modules()
         masters = Masters(modules, dtype)
         ema = modules if objective.needs_ema else None
-        batch = objective.batch(0, torch.Generator().manual_seed(0))
+        turn = Turn(0, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+        batch = objective.batch(turn)
 
-        call = partial(_forward_backward, objective, batch, ema, masters)
+        call = partial(_forward_backward, objective, batch, turn, ema, masters)
         seconds[name] = fastest_seconds(call, device)
         masters.restore()
     return ("bf16" if seconds["bf16"] * BF16_MUST_WIN_BY < seconds["fp32"] else "fp32"), seconds
 
 
-def _forward_backward(objective: Objective, batch: Any, ema: Modules | None, masters: Masters) -> None:
-    objective.loss(batch, 0, ema)[0].backward()
+def _forward_backward(objective: Objective, batch: Any, turn: Turn, ema: Modules | None, masters: Masters) -> None:
+    objective.loss(batch, turn, ema)[0].backward()
     for parameter in masters.params.values():
         parameter.grad = None

@@ -21,7 +21,7 @@ from streamgen.sheets import contact_sheet
 from streamgen.weights import save_component
 from streamgen.worlds import sprites
 from streamgen_train.data import pick_captions
-from streamgen_train.objective import Objective
+from streamgen_train.objective import Objective, Turn
 
 
 @dataclass(kw_only=True)
@@ -35,6 +35,8 @@ class Config:
     """Crops drawn per clip, of which the one with the most edges is used."""
     latent_noise: float = 0.05
     """Deviation of the noise added to raw latents."""
+    edge_weight: float = 0.0
+    """Error next to an edge of the target counts up to 1 + edge_weight times: shapes are read from edges."""
     train_encoder: bool = True
     """False: only the decoder learns (the latents that a diffusion model was trained on stay as they are)."""
     init_from: str | None = None
@@ -79,9 +81,9 @@ class CodecObjective(Objective):
         scenes = sprites.sample_scenes(pick_captions(clips, rng, split), rng)
         return sprites.render(scenes, frames, fps=self.config.fps, side=self.config.side)
 
-    def batch(self, step: int, rng: torch.Generator) -> Tensor:
-        video = self._video(self.config.clips, self.config.clip_frames, rng)
-        return self._crop(video, rng).to(self.device, self.dtype)
+    def batch(self, turn: Turn) -> Tensor:
+        video = self._video(self.config.clips, self.config.clip_frames, turn.rng)
+        return self._crop(video, turn.rng).to(self.device, self.dtype)
 
     def _crop(self, video: Tensor, rng: torch.Generator) -> Tensor:
         """The crop with the most edges of a few random ones, aligned to the latent grid."""
@@ -96,13 +98,16 @@ class CodecObjective(Objective):
         corners = zip((best // columns * stride).tolist(), (best % columns * stride).tolist(), strict=True)
         return torch.stack([v[..., y : y + c.crop, x : x + c.crop] for v, (y, x) in zip(video, corners, strict=True)])
 
-    def loss(self, batch: Tensor, step: int, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensor, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
         patches = self.codec.patchify(batch)
         raw = self.codec.encode_patches(patches, _shifted(patches))
         noisy = raw + self.config.latent_noise * torch.randn_like(raw)
         out = self.codec.decode_raw(noisy.flatten(0, 1), _shifted(noisy).flatten(0, 1))
-        error = (self.codec.unpatchify(out, len(batch)) - batch).float().square().mean()
-        return error * 10, {"psnr_db": psnr_db(error.detach())}
+        error = (self.codec.unpatchify(out, len(batch)) - batch).float().square()
+        loss = (
+            error.mean() if self.config.edge_weight == 0 else _edge_mean(error, batch.float(), self.config.edge_weight)
+        )
+        return loss * 10, {"psnr_db": psnr_db(error.detach().mean())}
 
     def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         video = self._video(self.config.validation_clips, 16, torch.Generator().manual_seed(1), "heldout")
@@ -129,6 +134,17 @@ class CodecObjective(Objective):
             kept = {name: tensor for name, tensor in before.items() if not name.startswith("decode_")}
             codec.load_state_dict({**codec.state_dict(), **kept})
         save_component(folder, {"_class_name": "SpritesCodec", **asdict(codec.config)}, codec.half().state_dict())
+
+
+def _edge_mean(error_BTCHW: Tensor, video_BTCHW: Tensor, edge_weight: float) -> Tensor:
+    """Mean error with more weight within a pixel of an edge; an edge of full weight is one of contrast 1 (of 2)."""
+    if edge_weight == 0:
+        return error_BTCHW.mean()
+    across = F.pad(video_BTCHW.diff(dim=-1).abs().amax(2), (0, 1))
+    down = F.pad(video_BTCHW.diff(dim=-2).abs().amax(2), (0, 0, 0, 1))
+    edge_BTHW = F.max_pool2d(torch.maximum(across, down).clamp(max=1.0), 3, 1, 1)
+    weight = 1 + edge_weight * edge_BTHW[:, :, None]
+    return (error_BTCHW * weight).mean() / weight.mean()
 
 
 def _shifted(x: Tensor) -> Tensor:

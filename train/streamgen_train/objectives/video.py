@@ -1,0 +1,188 @@
+"""What every objective on video has in common: clips of the world, codec, text, geometry, pictures, export.
+
+Letters: B clips, G blocks, F latent frames, C H W latent, L D text rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streamgen.codec import SpritesCodec, load_codec
+from streamgen.geometry import VideoGeometry
+from streamgen.pipeline import SchedulerConfig
+from streamgen.text import SpritesTextConfig, SpritesTextEncoder
+from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.worlds import sprites
+from streamgen_train.checkpoint import load_into
+from streamgen_train.clips import Clips, Kind, make_clips
+from streamgen_train.objective import Objective, Turn
+from streamgen_train.pictures import pipeline_of, sample_sheet
+
+
+@dataclass(kw_only=True)
+class Config:
+    model: TransformerConfig
+    codec_from: str
+    """Codec folder (config.json and weights), or a model folder that has one."""
+    text: SpritesTextConfig = field(default_factory=SpritesTextConfig)
+    geometry: VideoGeometry
+    window_frames: int = 12
+    sink_frames: int = 3
+    clip_blocks: int = 4
+    clips: int = 12
+    """Clips of clip_blocks blocks in a batch."""
+    single_clips: int = 48
+    """Clips of one block in a batch of the 'single' kind."""
+    single_share: float = 0.3
+    """Share of 'single' batches ..."""
+    single_until: int = 0
+    """... and the first steps are all of that kind."""
+    gap_share: float = 0.3
+    """Share of 'gap' batches among the others."""
+    switch_share: float = 0.5
+    recache_share: float = 0.5
+    """Share of clips whose past is shown under the last prompt, as after a re-cache."""
+    text_drop: float = 0.1
+    word_drop: float = 0.1
+    """Share of clips of which each word is left out with probability 0.3."""
+    attention_backend: str = "sdpa"
+    init_from: str | None = None
+    """Run folder or checkpoint to take the weights from."""
+    validation_clips: int = 32
+    sample_steps: int = 16
+    sample_shift: float = 5.0
+
+
+@dataclass(slots=True)
+class Batch:
+    """What a loss needs, on the device. Clean and noisy halves may be shown different prompts."""
+
+    x0_BFCHW: Tensor
+    ids_BGL: Tensor
+    clean_ids_BGL: Tensor
+    scored_BG: Tensor
+    kind: Kind
+
+
+class VideoObjective(Objective):
+    """Trains transformer and text encoder against a frozen codec; subclasses say how."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.clips_per_batch = config.clips
+        self.model = CausalWanModel(config.model, attention_backend=config.attention_backend)
+        self.text = SpritesTextEncoder(config.text)
+        self.codec: SpritesCodec | None = None
+        self._paint: sprites.Painter | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"transformer": self.model, "text": self.text}
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.codec is None:
+            self.codec = load_codec(self.config.codec_from)
+            self.codec.requires_grad_(False)
+            if self.config.init_from is not None:
+                load_into(Path(self.config.init_from), self.modules())
+        super().prepare(device, dtype)
+        self.codec.to(device, dtype)
+
+    def compile(self, modules: Mapping[str, nn.Module]) -> None:
+        modules["transformer"].compile(dynamic=False)
+        self._paint = torch.compile(sprites.paint_frames, dynamic=False)
+
+    # -- data ---------------------------------------------------------------------------------
+
+    def batch(self, turn: Turn) -> Batch:
+        c, rng = self.config, turn.rng
+        draw = torch.rand(3, generator=rng).tolist()
+        if turn.step < c.single_until or draw[0] < c.single_share:
+            return self.make_batch("single", c.single_clips, rng)
+        return self.make_batch("gap" if draw[1] < c.gap_share else "story", c.clips, rng)
+
+    @torch.no_grad()
+    def make_batch(self, kind: Kind, count: int, rng: torch.Generator) -> Batch:
+        """Render, encode and tokenise clips of one kind."""
+        c = self.config
+        clips = make_clips(kind, count, c.clip_blocks, c.geometry, rng, c.switch_share, self._paint)
+        ids = torch.stack([self.text.ids([caption.text for caption in row]) for row in clips.captions])
+        ids = drop_words(ids, c.text_drop, c.word_drop, rng)
+        scored = torch.ones(ids.shape[:2])
+        if kind == "gap":
+            scored[:, 1] = 0  # what stands between it and the sink was never seen
+        return Batch(
+            self.encode(clips).to(self.device),
+            ids.to(self.device),
+            recached(ids, c.recache_share, rng).to(self.device),
+            scored.to(self.device),
+            kind,
+        )
+
+    def encode(self, clips: Clips) -> Tensor:
+        """Latents of clips, float32 [B, F, C, H, W]; every piece starts the codec anew."""
+        assert self.codec is not None
+        video = clips.video.to(self.device, self.dtype)
+        if clips.kind != "gap":
+            return self.codec.encode(video).float()
+        first = self.config.geometry.block_pixel_frames(0)
+        later = self.codec.encode(video[:, first:])[:, clips.lead_frames // self.config.geometry.temporal_stride :]
+        return torch.cat([self.codec.encode(video[:, :first]), later], 1).float()
+
+    def per_frame(self, values_BG: Tensor) -> Tensor:
+        """[B, G] -> [B, F]."""
+        sizes = [self.config.geometry.block_size(b) for b in range(values_BG.shape[1])]
+        return values_BG.repeat_interleave(torch.tensor(sizes, device=values_BG.device), 1)
+
+    # -- what a person looks at ---------------------------------------------------------------------
+
+    def sample(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+        assert self.codec is not None
+        pipe = pipeline_of(modules, self.codec, self.config.geometry, self.scheduler())
+        return {"samples": sample_sheet(pipe, steps=self.config.sample_steps)}
+
+    def export(self, modules: Mapping[str, nn.Module], folder: Path) -> None:
+        codec = load_codec(self.config.codec_from)
+        half = {name: module.half() for name, module in modules.items()}
+        pipeline_of(half, codec.half(), self.config.geometry, self.scheduler()).save_pretrained(folder)
+
+    def scheduler(self) -> SchedulerConfig:
+        """How the model in training is to be streamed."""
+        return self.card_scheduler((self.config.sample_steps,), "euler")
+
+    def card_scheduler(self, trained_steps: tuple[int, ...], sampler: str) -> SchedulerConfig:
+        c = self.config
+        return SchedulerConfig(
+            trained_steps=trained_steps,
+            window_frames=c.window_frames,
+            sink_frames=c.sink_frames,
+            shift=c.sample_shift,
+            prediction=c.model.prediction,
+            sampler=sampler,
+        )
+
+
+def drop_words(ids_BGL: Tensor, text_share: float, word_share: float, rng: torch.Generator) -> Tensor:
+    """Leave the whole prompt out of some clips (for guidance), and single words out of others (for looser prompts)."""
+    clips, words = ids_BGL.shape[0], ids_BGL.shape[2]
+    draw = torch.rand(clips, generator=rng)
+    gone = torch.rand(clips, 1, words, generator=rng) < 0.3
+    gone &= ((draw >= text_share) & (draw < text_share + word_share))[:, None, None]
+    gone |= (draw < text_share)[:, None, None]
+    return ids_BGL.masked_fill(gone, -1)
+
+
+def recached(ids_BGL: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """Prompts of the clean half: in a share of the clips the past is shown under the last prompt, as after a re-cache.
+
+    The first block is the sink and keeps its own prompt. Blocks before a switch then see the prompt to come in their
+    context; they are asked for the old one by their own text, and learn to heed that.
+    """
+    after = torch.cat([ids_BGL[:, :1], ids_BGL[:, -1:].expand(-1, ids_BGL.shape[1] - 1, -1)], 1)
+    chosen = torch.rand(len(ids_BGL), generator=rng) < share
+    return torch.where(chosen[:, None, None], after, ids_BGL)
