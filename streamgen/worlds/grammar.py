@@ -31,6 +31,8 @@ MOTIONS = (
 )
 BACKGROUNDS = ("black", "navy", "sunset", "grass", "snow")
 ATTRIBUTES = ("count", "size", "color", "shape", "motion", "background")
+AXES = (COUNTS, SIZES, tuple(COLORS), SHAPES, MOTIONS, BACKGROUNDS)
+"""Values of each of ATTRIBUTES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,34 @@ class Caption:
         return f"{self.count} {self.size} {self.color} {shape} {self.motion} over a {self.background} background"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of the world: captions whose attributes are among these; an empty tuple allows all values."""
+
+    count: tuple[str, ...] = ()
+    size: tuple[str, ...] = ()
+    color: tuple[str, ...] = ()
+    shape: tuple[str, ...] = ()
+    motion: tuple[str, ...] = ()
+    background: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for attribute, allowed in zip(ATTRIBUTES, AXES, strict=True):
+            for value in getattr(self, attribute):
+                if value not in allowed:
+                    raise ValueError(f"{attribute} {value!r} is not in the world; allowed: {', '.join(allowed)}")
+
+    def __contains__(self, caption: Caption) -> bool:
+        allowed = ((getattr(self, attribute), getattr(caption, attribute)) for attribute in ATTRIBUTES)
+        return all(not values or value in values for values, value in allowed)
+
+
+WHOLE = Part()
+
+
 def all_captions() -> list[Caption]:
     """All 5400 captions, in a fixed order."""
-    axes = (COUNTS, SIZES, tuple(COLORS), SHAPES, MOTIONS, BACKGROUNDS)
-    return [Caption(*values) for values in itertools.product(*axes)]
+    return [Caption(*values) for values in itertools.product(*AXES)]
 
 
 def is_held_out(caption: Caption) -> bool:
@@ -61,12 +87,15 @@ def is_held_out(caption: Caption) -> bool:
     return zlib.crc32(caption.text.encode()) % 10 == 0
 
 
-@lru_cache(maxsize=3)
-def captions(split: str = "train") -> tuple[Caption, ...]:
-    """Captions of a split: 'train', 'heldout' or 'all'."""
+@lru_cache(maxsize=12)
+def captions(split: str = "train", part: Part = WHOLE) -> tuple[Caption, ...]:
+    """Captions of a split ('train', 'heldout' or 'all') of a part of the world; ValueError if there are none."""
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split is {split!r}; allowed: 'train', 'heldout', 'all'")
-    return tuple(c for c in all_captions() if split == "all" or is_held_out(c) == (split == "heldout"))
+    kept = tuple(c for c in all_captions() if c in part and (split == "all" or is_held_out(c) == (split == "heldout")))
+    if not kept:
+        raise ValueError(f"no {split} caption is in {part}: allow more values")
+    return kept
 
 
 def parse(text: str) -> Caption:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamgen.geometry import VideoGeometry
 from streamgen.worlds import sprites
-from streamgen.worlds.sprites import Caption
+from streamgen.worlds.grammar import WHOLE, Caption, Part
 from streamgen_train.data import pick_captions
 
 Kind = Literal["single", "story", "gap"]
@@ -43,22 +43,23 @@ def make_clips(
     rng: torch.Generator,
     switch_share: float,
     paint: sprites.Painter | None = None,
+    part: Part = WHOLE,
 ) -> Clips:
     """Render `count` clips of `blocks` blocks; in a share of the longer ones the prompt changes once."""
-    first = pick_captions(count, rng)
+    first = pick_captions(count, rng, part=part)
     frames, fps, side = geometry.block_pixel_frames(0), geometry.fps, geometry.height
     if kind == "single":
         video = sprites.render(sprites.sample_scenes(first, rng), frames, fps=fps, side=side, paint=paint)
         return Clips(video, [[c] for c in first], 0, kind)
     if kind == "story":
-        video, captions = _story(first, blocks, geometry, rng, switch_share, 0, paint)
+        video, captions = _story(first, blocks, geometry, rng, switch_share, 0, paint, part)
         return Clips(video, captions, 0, kind)
     # The codec sees the frames before a block, so the later piece begins one latent frame early.
     lead = geometry.temporal_stride
-    others, stays = pick_captions(count, rng), _coin(count, rng)
+    others, stays = pick_captions(count, rng, part=part), _coin(count, rng)
     later = [c if stay else other for c, other, stay in zip(first, others, stays, strict=True)]
     sink = sprites.render(sprites.sample_scenes(first, rng), frames, fps=fps, side=side, paint=paint)
-    video, captions = _story(later, blocks - 1, geometry, rng, switch_share, lead, paint)
+    video, captions = _story(later, blocks - 1, geometry, rng, switch_share, lead, paint, part)
     return Clips(torch.cat([sink, video], 1), [[c, *rest] for c, rest in zip(first, captions, strict=True)], lead, kind)
 
 
@@ -74,10 +75,11 @@ def _story(
     switch_share: float,
     lead: int,
     paint: sprites.Painter | None,
+    part: Part,
 ) -> tuple[Tensor, list[list[Caption]]]:
     count, per_block = len(first), geometry.block_pixel_frames(0)
     total = lead + blocks * per_block
-    second = pick_captions(count, rng)
+    second = pick_captions(count, rng, part=part)
     at_block = torch.randint(1, max(blocks, 2), (count,), generator=rng)
     at_block[~torch.tensor(_coin(count, rng, switch_share))] = blocks  # never
     start = torch.where(at_block < blocks, lead + at_block * per_block, total)

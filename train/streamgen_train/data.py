@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import torch
 
-from streamgen.worlds.sprites import Caption, captions
+from streamgen.worlds.grammar import WHOLE, Caption, Part, captions
 
 
-def pick_captions(count: int, rng: torch.Generator, split: str = "train") -> list[Caption]:
+def pick_captions(count: int, rng: torch.Generator, split: str = "train", part: Part = WHOLE) -> list[Caption]:
     """`count` captions drawn evenly, with replacement."""
-    items = captions(split)
+    items = captions(split, part)
     return [items[i] for i in torch.randint(len(items), (count,), generator=rng).tolist()]

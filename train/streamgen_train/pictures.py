@@ -12,7 +12,7 @@ from streamgen.batch import generate
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig, StreamPipeline
 from streamgen.sheets import contact_sheet
-from streamgen.worlds.sprites import captions
+from streamgen.worlds.grammar import WHOLE, Part, captions
 
 
 def pipeline_of(
@@ -28,9 +28,11 @@ def pipeline_of(
     )
 
 
-def sample_sheet(pipe: StreamPipeline, *, steps: int, clips: int = 12, blocks: int = 3) -> np.ndarray:
+def sample_sheet(
+    pipe: StreamPipeline, *, steps: int, clips: int = 12, blocks: int = 3, part: Part = WHOLE
+) -> np.ndarray:
     """Clips of fixed held-out captions, one row each."""
-    held_out = captions("heldout")
+    held_out = captions("heldout", part)
     items = [held_out[i] for i in torch.randperm(len(held_out), generator=torch.Generator().manual_seed(4))[:clips]]
-    videos = generate(pipe, [c.text for c in items], range(clips), blocks, steps=steps)
+    videos = generate(pipe, [c.text for c in items], range(len(items)), blocks, steps=steps)
     return contact_sheet(list(videos.numpy()), [c.text for c in items], frames=9, columns=2)

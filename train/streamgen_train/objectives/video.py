@@ -18,7 +18,7 @@ from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TransformerConfig
-from streamgen.worlds import sprites
+from streamgen.worlds import grammar, sprites
 from streamgen_train.checkpoint import load_into
 from streamgen_train.clips import Clips, Kind, make_clips
 from streamgen_train.objective import Objective, Turn
@@ -32,6 +32,8 @@ class Config:
     """Codec folder (config.json and weights), or a model folder that has one."""
     text: SpritesTextConfig = field(default_factory=SpritesTextConfig)
     geometry: VideoGeometry
+    world: grammar.Part = field(default_factory=grammar.Part)
+    """The part of the sprites world that is learned (all of it by default)."""
     window_frames: int = 12
     sink_frames: int = 3
     clip_blocks: int = 4
@@ -110,7 +112,7 @@ class VideoObjective(Objective):
     def make_batch(self, kind: Kind, count: int, rng: torch.Generator) -> Batch:
         """Render, encode and tokenise clips of one kind."""
         c = self.config
-        clips = make_clips(kind, count, c.clip_blocks, c.geometry, rng, c.switch_share, self._paint)
+        clips = make_clips(kind, count, c.clip_blocks, c.geometry, rng, c.switch_share, self._paint, c.world)
         ids = torch.stack([self.text.ids([caption.text for caption in row]) for row in clips.captions])
         ids = drop_words(ids, c.text_drop, c.word_drop, rng)
         scored = torch.ones(ids.shape[:2])
@@ -144,7 +146,7 @@ class VideoObjective(Objective):
     def sample(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
         assert self.codec is not None
         pipe = pipeline_of(modules, self.codec, self.config.geometry, self.scheduler())
-        return {"samples": sample_sheet(pipe, steps=self.config.sample_steps)}
+        return {"samples": sample_sheet(pipe, steps=self.config.sample_steps, part=self.config.world)}
 
     def export(self, modules: Mapping[str, nn.Module], folder: Path) -> None:
         codec = load_codec(self.config.codec_from)
