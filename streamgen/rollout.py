@@ -59,12 +59,12 @@ class StreamState:
     recent: Mapping[int, Tensor] = field(default_factory=dict)
     """Latent frame -> [B, C, H, W] as committed, for the frames that the cache holds: what a recache re-encodes."""
 
-    def noise(self, step: int) -> Tensor:
-        """The noise of the next block's cell (float32, [B, F, C, H, W])."""
-        g = self.geometry
-        shape = (g.block_size(self.position), g.latent_channels, g.latent_height, g.latent_width)
+    def noise(self, step: int, block: int | None = None) -> Tensor:
+        """The noise of a cell (float32, [B, F, C, H, W]); of the next block by default."""
+        g, block = self.geometry, self.position if block is None else block
+        shape = (g.block_size(block), g.latent_channels, g.latent_height, g.latent_width)
         device = self.cache.k.device
-        return torch.stack([cell_noise(seed, self.position, step, shape, device=device) for seed in self.seeds])
+        return torch.stack([cell_noise(seed, block, step, shape, device=device) for seed in self.seeds])
 
 
 def _renoise(x_t: Tensor, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor) -> Tensor:

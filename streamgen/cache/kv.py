@@ -118,10 +118,11 @@ class KVCache:
         """Committed latent frames, in time order, sink first."""
         return held_frames(self._origin, self._end, self.spec.window_frames, self.spec.sink_frames)
 
-    def begin(self, block_start_frame: int, frames: int) -> BlockCache:
+    def begin(self, block_start_frame: int, frames: int, *, peek: bool = False) -> BlockCache:
         """Open the block [block_start_frame, +frames): it follows the last one, or starts the shot of an empty cache.
 
         A block whose launch failed is opened again with the same frames: what they push out may be gone already.
+        peek: a pass that only reads. Nothing is written, so it cannot be committed and any frames may follow it.
         """
         self.spec.check_block(frames)
         empty = self._origin == self._end
@@ -131,7 +132,7 @@ class KVCache:
                 "reset() starts a new shot"
             )
         origin = block_start_frame if empty else self._origin
-        return BlockCache(self, origin, block_start_frame + frames, frames)
+        return BlockCache(self, origin, block_start_frame + frames, frames, peek=peek)
 
     def begin_recache(self, *, protect_sink: bool = True) -> BlockCache:
         """Open a pass that rewrites the frames already held, each seeing all (LongLive, arXiv 2509.22622).
@@ -223,8 +224,9 @@ class KVCache:
 class BlockCache:
     """One block's view of the cache: what its queries see and where its keys go. The model gets it in every pass."""
 
-    def __init__(self, cache: KVCache, origin: int, end: int, frames: int) -> None:
+    def __init__(self, cache: KVCache, origin: int, end: int, frames: int, *, peek: bool = False) -> None:
         spec = cache.spec
+        self.peek = peek
         self.cache, self.base, self.span = cache, (cache._origin, cache._end), (origin, end)
         self.visible_frames = held_frames(origin, end, spec.window_frames, spec.sink_frames)
         self.written: set[int] = set()
@@ -253,16 +255,16 @@ class BlockCache:
     def append(self, layer: int, k_BNTK: Tensor, v_BNTK: Tensor) -> tuple[Tensor, Tensor]:
         """Place this pass's un-rotated keys and values -> what the block's queries attend to: (k_BNSK rotated, v_BNSK).
 
-        Without gradients the result is a view of the buffer. With gradients nothing is written, for a later pass would
-        overwrite what autograd saved: the constant context is concatenated with the block, and the commit pass, which
-        runs without gradients, does the write.
+        Without gradients the result is a view of the buffer. With gradients, and in a pass that only peeks, nothing is
+        written (a later pass would overwrite what autograd saved): the constant context is concatenated with the
+        block, and the commit pass, which runs without gradients, does the write.
         """
         cache = self.cache
         store_k, read_k, values = cache.k[layer], cache.read_k[layer], cache.v[layer]
         rotated = apply_rope(k_BNTK, *self._rope)
         if not cache.policy.stores_rotated and layer not in self._context_rotated:
             self._rotate_context(layer)
-        if torch.is_grad_enabled() and (k_BNTK.requires_grad or v_BNTK.requires_grad):
+        if self.peek or (torch.is_grad_enabled() and (k_BNTK.requires_grad or v_BNTK.requires_grad)):
             keys = torch.cat([*(read_k[:, :, slots] for slots, _ in self._context), rotated], dim=2)
             return keys, torch.cat([*(values[:, :, slots] for slots, _ in self._context), v_BNTK], dim=2)
         for slots, tokens in self._block:
