@@ -23,6 +23,7 @@ from torch import Tensor
 from streamgen import __version__
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
+from streamgen.costs import pass_shapes
 from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
@@ -34,7 +35,7 @@ from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.weights import build_config
 from streamgen_infer import machine
-from streamgen_infer.bound import Bound, decode_shapes, pass_shapes
+from streamgen_infer.bound import Bound, decode_shapes
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.report import check_report, write_report
 from streamgen_infer.sinks import check_place

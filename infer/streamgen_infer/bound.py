@@ -1,12 +1,12 @@
 """The machine's limit for one pass of the transformer: its matrix products and attentions, and nothing between them.
 
-`pass_shapes` counts from the config what a streaming pass computes; `Bound` runs exactly that on operands of its own,
-as many as the model has weights and cached keys, so that the CPU's caches are as cold for it as for the model.
+`streamgen.costs.pass_shapes` counts from the config what a streaming pass computes; `Bound` runs exactly that on
+operands of its own, as many as the model has weights and cached keys, so that the CPU's caches are as cold for it as
+for the model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,34 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamgen.transformer import TransformerConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """[m, k] times the transpose of a weight [n, k]."""
-
-    m: int
-    k: int
-    n: int
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.m * self.k * self.n
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """softmax(q k^T) v, head-major."""
-
-    heads: int
-    queries: int
-    keys: int
-    width: int
-
-    @property
-    def flops(self) -> int:
-        return 4 * self.heads * self.queries * self.keys * self.width
+from streamgen.costs import Attention, Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +31,6 @@ class Convolution:
 
 
 Shape = Product | Attention | Convolution
-
-
-def pass_shapes(config: TransformerConfig, tokens: int, visible_tokens: int) -> list[Product | Attention]:
-    """One streaming pass over a block of `tokens` that sees `visible_tokens` keys (its own included), in order.
-
-    One noise level for the whole block; the text's keys and values exist already.
-    """
-    dim, patch = config.dim, math.prod(config.patch)
-
-    def product(k: int, n: int, rows: int = tokens) -> Product:
-        return Product(rows, k, n)
-
-    def attention(keys: int) -> Attention:
-        return Attention(config.num_heads, tokens, keys, config.head_dim)
-
-    shapes: list[Product | Attention] = [
-        product(config.in_channels * patch, dim),
-        product(config.freq_dim, dim, rows=1),
-        product(dim, dim, rows=1),
-        product(dim, 6 * dim, rows=1),
-    ]
-    for _ in range(config.num_layers):
-        shapes += [product(dim, dim)] * 3 + [attention(visible_tokens), product(dim, dim)]
-        shapes += [product(dim, dim), attention(config.text_len), product(dim, dim)]
-        shapes += [product(dim, config.ffn_dim), product(config.ffn_dim, dim)]
-    return [*shapes, product(dim, config.out_channels * patch)]
 
 
 def decode_shapes(codec: Any, latents_BFCHW: Tensor) -> list[Shape]:

@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
+from streamgen.costs import Attention, Product, pass_shapes
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen_infer import bench
-from streamgen_infer.bound import Attention, Bound, Convolution, Product, decode_shapes, pass_shapes
+from streamgen_infer.bound import Bound, Convolution, decode_shapes
 from streamgen_infer.cli import main
 from streamgen_infer.interrupts import Stop
 

@@ -1,0 +1,120 @@
+"""What a model costs, counted from its config: parameters, products and attentions of a pass, bytes of a cache.
+
+Nothing is built or measured here. Counts are of matrix products and attention alone; what stands between them
+(norms, modulation, rotary embedding) is below 1 % of a large model's arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from streamgen.transformer import TransformerConfig
+
+TRAINED = 3.0
+"""A forward and a backward pass cost three forward passes (the backward makes two products for each of the forward)."""
+RECOMPUTED = 4.0
+"""The same with activation checkpointing, which runs the forward pass twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[m, k] times the transpose of a weight [n, k]."""
+
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """softmax(q k^T) v, head-major."""
+
+    heads: int
+    queries: int
+    keys: int
+    width: int
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.heads * self.queries * self.keys * self.width
+
+
+def pass_shapes(config: TransformerConfig, tokens: int, visible_tokens: int) -> list[Product | Attention]:
+    """One streaming pass over a block of `tokens` that sees `visible_tokens` keys (its own included), in order.
+
+    One noise level for the whole block; the text's keys and values exist already.
+    """
+    dim, patch = config.dim, math.prod(config.patch)
+
+    def product(k: int, n: int, rows: int = tokens) -> Product:
+        return Product(rows, k, n)
+
+    def attention(keys: int) -> Attention:
+        return Attention(config.num_heads, tokens, keys, config.head_dim)
+
+    shapes: list[Product | Attention] = [
+        product(config.in_channels * patch, dim),
+        product(config.freq_dim, dim, rows=1),
+        product(dim, dim, rows=1),
+        product(dim, 6 * dim, rows=1),
+    ]
+    for _ in range(config.num_layers):
+        shapes += [product(dim, dim)] * 3 + [attention(visible_tokens), product(dim, dim)]
+        shapes += [product(dim, dim), attention(config.text_len), product(dim, dim)]
+        shapes += [product(dim, config.ffn_dim), product(config.ffn_dim, dim)]
+    return [*shapes, product(dim, config.out_channels * patch)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Passes of one network in a training step."""
+
+    what: str
+    passes: float
+    """Clips times evaluations."""
+    tokens: int
+    """Tokens of a pass."""
+    pairs: int
+    """(query, key) pairs that self-attention computes in a pass."""
+    factor: float = 1.0
+    """Forward passes that a pass stands for: 1, TRAINED or RECOMPUTED."""
+
+
+def work_flops(config: TransformerConfig, work: Work) -> float:
+    """Floating-point operations of some passes; text keys and values are counted once per pass."""
+    shapes = pass_shapes(config, work.tokens, 0)
+    text = 4 * config.num_layers * config.text_len * config.dim**2
+    attention = 4 * config.num_layers * config.dim * work.pairs
+    return work.passes * work.factor * (sum(shape.flops for shape in shapes) + text + attention)
+
+
+def cache_bytes(config: TransformerConfig, tokens: int, bytes_per_value: int = 2) -> int:
+    """Keys and values of so many tokens in all layers, for one stream."""
+    return 2 * config.num_layers * tokens * config.dim * bytes_per_value
+
+
+def activation_bytes(config: TransformerConfig, tokens: int, *, checkpointed: bool, bytes_per_value: int = 2) -> int:
+    """What backward needs of a pass over `tokens`, about.
+
+    Without checkpointing a layer keeps its input, two modulated norms, q, k, v and their normed copies, the attention's
+    output, the cross-attention's query and output, and two tensors of the feed-forward's width. With it, its input,
+    and one layer's worth of the rest at a time.
+    """
+    layer = 14 * config.dim + 2 * config.ffn_dim
+    kept = config.num_layers * config.dim + layer if checkpointed else config.num_layers * layer
+    return tokens * kept * bytes_per_value
+
+
+def parameters(config: TransformerConfig) -> int:
+    """Number of parameters of a transformer of this config."""
+    import torch
+
+    from streamgen.transformer import CausalWanModel
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalWanModel(config).parameters())
