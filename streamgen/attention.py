@@ -1,32 +1,63 @@
 """Attention backends, and the one rule that says who sees whom.
 
 Letters: B batch, N heads, T query tokens, S key tokens, K head width. Masks are bool [T, S], True where a query may
-look. Frames are latent frames; a window counts all visible frames: sink, past and the query's own block.
+look, or for the backend `flex` the BlockMask of the same rule. Frames are latent frames; a window counts all visible
+frames: sink, past and what is being denoised.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamgen.errors import UserError
 
-def _sdpa(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_TS: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q_BNTK, k_BNSK, v_BNSK, attn_mask=mask_TS)
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
-def _math(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask_TS: Tensor | None) -> Tensor:
+def _sdpa(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q_BNTK, k_BNSK, v_BNSK, attn_mask=mask)
+
+
+def _math(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q_BNTK * q_BNTK.shape[-1] ** -0.5) @ k_BNSK.transpose(-2, -1)
-    if mask_TS is not None:
-        scores = scores.masked_fill(~mask_TS, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ v_BNSK
+
+
+@cache
+def _flex_kernel(device_type: str) -> Callable[..., Any]:
+    """Compiled on a GPU: there the uncompiled op holds all scores, and is only good for comparing."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Callable[..., Any] = flex_attention
+    return kernel if device_type == "cpu" else torch.compile(kernel, dynamic=False)
+
+
+def _flex(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
+    if mask is None:  # text, cached streaming: the fused kernel
+        return _sdpa(q_BNTK, k_BNSK, v_BNSK, None)
+    lengths, made_for = (q_BNTK.shape[2], k_BNSK.shape[2]), tuple(mask.shape[-2:])
+    if isinstance(mask, Tensor) or made_for != lengths:  # the op itself takes a longer mask, and the wrong places
+        kind = "a dense mask" if isinstance(mask, Tensor) else f"a block mask for {made_for[0]} x {made_for[1]} tokens"
+        raise ValueError(f"backend='flex' got {kind}: it needs one of `flex_mask` for {lengths[0]} x {lengths[1]}")
+    out: Tensor = _flex_kernel(q_BNTK.device.type)(q_BNTK, k_BNSK, v_BNSK, block_mask=mask)
+    return out
 
 
 class Backend(NamedTuple):
     """One way to compute softmax(q k^T / sqrt(K)) v."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     limits: str
     """What it is for and what it costs."""
 
@@ -40,6 +71,11 @@ BACKENDS = {
         _math,
         "written out, holds [B, N, T, S] scores: faster to train under torch.compile on a CPU",
     ),
+    "flex": Backend(
+        _flex,
+        "FlexAttention (PyTorch 2.5 on): passes over blocks of 128 x 128 tokens that nobody sees, and holds no mask of "
+        "T x S; for training on a GPU, with masks of `flex_mask`. No backward on a CPU",
+    ),
 }
 
 
@@ -47,37 +83,157 @@ def attend(
     q_BNTK: Tensor,
     k_BNSK: Tensor,
     v_BNSK: Tensor,
-    mask_TS: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     backend: str = "sdpa",
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v -> [B, N, T, K]. No mask: every query sees every key."""
+    check_backend(backend)
+    return BACKENDS[backend].attend(q_BNTK, k_BNSK, v_BNSK, mask)
+
+
+def check_backend(backend: str) -> None:
+    """ValueError for a name that is none of BACKENDS."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: no such attention backend; choose from {', '.join(BACKENDS)}")
-    return BACKENDS[backend].attend(q_BNTK, k_BNSK, v_BNSK, mask_TS)
+
+
+def check_trainable(backend: str, device: torch.device) -> None:
+    """UserError for a backend that has no backward on a device."""
+    if backend == "flex" and device.type == "cpu":
+        raise UserError("attention_backend=flex has no backward on a CPU; train with sdpa or math there")
+
+
+# Who sees whom.
+
+Visibility = Literal["clean", "same_level", "latest", "lagged", "joint"]
+"""Which version of earlier blocks a block sees while it is denoised.
+
+clean: finished (Self-Forcing, CausVid). same_level: as they were at its own noise level (StreamDiffusion 2, Live
+Avatar). latest: at whatever level they have reached (diffusion forcing, MAGI-1). lagged: finished from a few blocks
+back, at its own level between. joint: finished before a window of blocks of rising noise that see each other
+(Rolling Forcing, StreamDiT).
+"""
+VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
+
+
+class Place(NamedTuple):
+    """Where tokens stand; the fields broadcast. Frames and blocks are counted from the start of the clip."""
+
+    frame: Tensor
+    block: Tensor
+    unit: Tensor
+    """First block of what is denoised together with the token: its own block, or that of its joint window."""
+    stop: Tensor
+    """Frame at which the unit ends."""
+    clean: Tensor
+    """Of the clean copy (else of the noisy one)."""
 
 
 def visible(
-    q_block: Tensor,
-    q_block_stop: Tensor,
-    q_clean: Tensor,
-    k_frame: Tensor,
-    k_block: Tensor,
-    k_clean: Tensor,
+    q: Place,
+    k: Place,
     window_frames: int | None,
     sink_frames: int,
+    lag_blocks: int | Tensor = 1,
 ) -> Tensor:
-    """May a query look at a key? The arguments broadcast; frames are absolute, `q_block_stop` ends the query's block.
+    """May a query look at a key?
 
-    Own block: always and in both directions, within the same copy (clean with clean, noisy with noisy).
-    Past blocks: only their clean copy, and only the sink (never evicted) and the last window - sink frames, the own
-    block included: exactly what the ring cache holds while this block is made.
+    Own unit: always and in both directions, within the same copy (clean with clean, noisy with noisy).
+    Past blocks: each in one version. Clean queries see clean keys. Noisy ones see the clean copy of blocks that are
+    `lag_blocks` or more before their unit, and the noisy copy of those between: a lag of 1 is clean context, one of
+    all blocks is noisy context alone.
+    Of the past only the sink (never evicted) and the last window - sink frames, the own unit included: exactly what
+    the ring cache holds while this unit is made.
     """
-    own = (k_block == q_block) & (k_clean == q_clean)
-    past = (k_block < q_block) & k_clean
+    own = (k.unit == q.unit) & (k.clean == q.clean)
+    past = (k.block < q.unit) & (k.clean == (q.clean | (k.block <= q.unit - lag_blocks)))
     if window_frames is None:
         return own | past
-    kept = (k_frame < sink_frames) | (k_frame >= q_block_stop - (window_frames - sink_frames))
+    kept = (k.frame < sink_frames) | (k.frame >= q.stop - (window_frames - sink_frames))
     return own | (past & kept)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A training sequence: the copies of a clip that it joins along time, and what each block sees."""
+
+    block_frames: tuple[int, ...]
+    """Latent frames of each block."""
+    copies: tuple[bool, ...]
+    """Which copies there are, in order: True is the clean one, False the noisy one."""
+    window_starts: tuple[int, ...] = ()
+    """First blocks of the noisy copy's joint windows, 0 among them; none: every block is denoised for itself."""
+    lag_blocks: int = 1
+    """How far the clean past is behind (see `visible`); of a noisy copy alone all of the past is noisy."""
+    window_frames: int | None = None
+    sink_frames: int = 0
+
+    def __post_init__(self) -> None:
+        starts, blocks = self.window_starts, len(self.block_frames)
+        if starts and (starts[0] != 0 or list(starts) != sorted(set(starts)) or starts[-1] >= blocks):
+            raise ValueError(f"window_starts={starts}: must rise from 0 within {blocks} blocks")
+        if self.lag_blocks < 1:
+            raise ValueError(f"lag_blocks={self.lag_blocks}: must be at least 1")
+        check_window(self.window_frames, self.sink_frames, max(max(self._unit_frames(c)) for c in self.copies))
+
+    @property
+    def lag(self) -> int:
+        """`lag_blocks`, or all blocks when there is no clean copy."""
+        return self.lag_blocks if True in self.copies else len(self.block_frames)
+
+    def place(self) -> Place:
+        """Of every frame of the sequence; each field is [frames of all copies]."""
+        sizes = torch.tensor(self.block_frames)
+        ends, block = sizes.cumsum(0), torch.repeat_interleave(sizes)
+        parts = []
+        for clean in self.copies:
+            units = self._units(clean)
+            unit = torch.tensor([start for start, stop in units for _ in range(start, stop)])[block]
+            stop = torch.tensor([int(ends[stop - 1]) for start, stop in units for _ in range(start, stop)])[block]
+            parts.append(Place(torch.arange(len(block)), block, unit, stop, torch.full(block.shape, clean)))
+        return Place(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def _units(self, clean: bool) -> list[tuple[int, int]]:
+        """(first block, block after the last) of what is denoised together."""
+        blocks = len(self.block_frames)
+        starts = range(blocks) if clean or not self.window_starts else self.window_starts
+        return list(pairwise([*starts, blocks]))
+
+    def _unit_frames(self, clean: bool) -> list[int]:
+        return [sum(self.block_frames[start:stop]) for start, stop in self._units(clean)]
+
+
+def check_window(window_frames: int | None, sink_frames: int, unit_frames: int) -> None:
+    """ValueError unless a window holds its sink and what is denoised together."""
+    if window_frames is not None and window_frames < sink_frames + unit_frames:
+        raise ValueError(
+            f"window_frames={window_frames}: must be at least {sink_frames + unit_frames}, to hold the sink "
+            f"({sink_frames}) and what is denoised together ({unit_frames} frames)"
+        )
+
+
+def dense_mask(layout: Layout, tokens_per_frame: int) -> Tensor:
+    """Bool [T, T] of a sequence, for the backends `sdpa` and `math`."""
+    place = layout.place()
+    q = Place(*(field[:, None] for field in place))
+    frames_FF = visible(q, place, layout.window_frames, layout.sink_frames, layout.lag)
+    return frames_FF.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
+
+
+def flex_mask(layout: Layout, tokens_per_frame: int, device: torch.device | str = "cpu") -> BlockMask:
+    """The same as a BlockMask for the backend `flex`; it fits sequences of this length alone, and any batch."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    place = Place(*(field.to(device) for field in layout.place()))
+
+    def rule(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
+        q = Place(*(field[q_token // tokens_per_frame] for field in place))
+        k = Place(*(field[k_token // tokens_per_frame] for field in place))
+        return visible(q, k, layout.window_frames, layout.sink_frames, layout.lag)
+
+    tokens = len(place.frame) * tokens_per_frame
+    compiled = torch.device(device).type != "cpu"  # else [T, T] integers are held while it is made
+    return create_block_mask(rule, None, None, tokens, tokens, device=str(device), _compile=compiled)
 
 
 def block_causal_mask(
@@ -88,7 +244,10 @@ def block_causal_mask(
     sink_frames: int = 0,
 ) -> Tensor:
     """Bool [T, T] for a clean video of blocks of the given sizes: what cached streaming computes, in one forward."""
-    return _mask(block_frames, tokens_per_frame, (True,), window_frames, sink_frames)
+    layout = Layout(
+        block_frames=tuple(block_frames), copies=(True,), window_frames=window_frames, sink_frames=sink_frames
+    )
+    return dense_mask(layout, tokens_per_frame)
 
 
 def teacher_forcing_mask(
@@ -102,33 +261,7 @@ def teacher_forcing_mask(
 
     Clean block b sees clean blocks up to b, noisy block b sees clean blocks before b and itself, within the window.
     """
-    return _mask(block_frames, tokens_per_frame, (True, False), window_frames, sink_frames)
-
-
-def _mask(
-    block_frames: Sequence[int],
-    tokens_per_frame: int,
-    copies: tuple[bool, ...],
-    window_frames: int | None,
-    sink_frames: int,
-) -> Tensor:
-    if window_frames is not None and window_frames < sink_frames + max(block_frames):
-        raise ValueError(
-            f"window_frames={window_frames}: must hold the sink ({sink_frames}) and a block ({max(block_frames)})"
-        )
-    sizes = torch.tensor(block_frames)
-    block = torch.repeat_interleave(sizes).repeat(len(copies))
-    frame = torch.arange(int(sizes.sum())).repeat(len(copies))
-    stop = sizes.cumsum(0)[block]
-    clean = torch.tensor(copies).repeat_interleave(int(sizes.sum()))
-    frames_FF = visible(
-        block[:, None],
-        stop[:, None],
-        clean[:, None],
-        frame,
-        block,
-        clean,
-        window_frames,
-        sink_frames,
+    layout = Layout(
+        block_frames=tuple(block_frames), copies=(True, False), window_frames=window_frames, sink_frames=sink_frames
     )
-    return frames_FF.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
+    return dense_mask(layout, tokens_per_frame)

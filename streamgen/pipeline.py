@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from streamgen.attention import VISIBILITIES
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.errors import UserError
@@ -63,6 +64,11 @@ class SchedulerConfig:
     shift: float = 5.0
     prediction: Prediction = "flow"
     visibility: tuple[str, ...] = ("clean",)
+    """What the model was trained to see of earlier blocks: names of `streamgen.attention.VISIBILITIES`."""
+    joint_blocks: int = 0
+    """With `joint`: blocks in the window, which is as many steps."""
+    lag_blocks: int = 0
+    """With `lagged`: blocks by which the finished past is behind."""
     sampler: str = "renoise"
     context_noise: float = 0.0
     protect_sink: bool = True
@@ -72,6 +78,12 @@ class SchedulerConfig:
         object.__setattr__(self, "visibility", tuple(self.visibility))
         if not self.trained_steps or min(self.trained_steps) < 1:
             raise ValueError(f"trained_steps={self.trained_steps}: must be one or more counts of at least 1")
+        unknown = [name for name in self.visibility if name not in VISIBILITIES]
+        if unknown or not self.visibility:
+            raise ValueError(f"visibility={self.visibility}: must be one or more of {', '.join(VISIBILITIES)}")
+        for name, blocks in (("joint", self.joint_blocks), ("lagged", self.lag_blocks)):
+            if name in self.visibility and blocks < 2:
+                raise ValueError(f"visibility lists {name} with {blocks} blocks: must be at least 2")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
         if not 0 <= self.context_noise < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from streamgen_train import main as train_main
 
-OBJECTIVES = {"cd": "streamgen_distill.cd"}
+OBJECTIVES = {"cd": "streamgen_distill.cd", "ode": "streamgen_distill.ode"}
 """objective.name -> module with a dataclass `Config` and `build(config: Config) -> Objective`."""
 
 

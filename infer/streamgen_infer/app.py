@@ -246,3 +246,21 @@ def convert(
 ) -> int:
     """Write the averaged weights of a run as a model folder (of a codec run: a codec folder)."""
     return context.obj.hand_over["convert"]([str(source), str(target)])
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A file of configs/study, without .yaml.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder; runs/study/NAME by default.", metavar="DIR")] = None,
+    seeds: Annotated[str | None, typer.Option(help="The study's own by default.", metavar="K,K,...")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.", metavar="ROW")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, run nothing.")] = False,
+) -> int:
+    """Compare ways of training over seeds: run what a study lists, judge it, write one table."""
+    from streamgen_infer import study as command
+
+    try:
+        numbers = [int(word) for word in seeds.split(",")] if seeds else []
+    except ValueError:
+        raise UserError(f"--seeds {seeds!r}: must be whole numbers with commas between, as 0,1,2") from None
+    return command.run(name, root=out, seeds=numbers, only=only or [], dry=dry_run)

@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamgen.attention import Visibility
+from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
 from streamgen_distill import cd
 from streamgen_distill.cd import ConsistencyObjective
 from streamgen_train.checkpoint import load_modules
 from streamgen_train.clips import Kind
 from streamgen_train.loop import Trainer, train
+from streamgen_train.objectives import ar
+from streamgen_train.objectives.views import joint_view
 from tests.runs import losses, turn
 from tests.tiny_sprites import ar_values, build_ar, save_codec, spread, train_config
 
@@ -102,6 +106,93 @@ def test_loss_equals_the_definition_written_out(
     assert float(metrics[f"cd_{kind}"]) == pytest.approx(float(error.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("visibility", ["same_level", "latest", "joint"])
+def test_loss_under_other_visibilities(codec: Path, teacher: Path, visibility: Visibility, segments: int) -> None:
+    """All of a clip's blocks move together: teacher, average and student see the others at the levels they are at.
+
+    (`predict_x0` under each visibility is held against streaming in test_train_visibility.py.)
+    """
+    changes = {"clip_blocks": 5, "visibility": {visibility: 1.0}, "joint_blocks": 2}
+    objective, ema = three_models(codec, teacher, grid_steps=4, guidance=2.0, segments=segments, **changes)
+    batch = objective.make_batch("story", 3, rng())
+    batch.view = joint_view(5, 2, [1, 3, 5]) if visibility == "joint" else objective.view(visibility)
+    torch.manual_seed(5)
+    loss, metrics = objective.loss(batch, turn(), ema)
+
+    torch.manual_seed(5)
+    index = objective.grid_index(batch)
+    eps = torch.randn_like(batch.x0_BFCHW)
+    ends = {1: [4, 4, 4, 4], 2: [2, 2, 4, 4]}[segments]
+    levels = (index, index + 1, torch.tensor(ends)[index])
+    sigma, following, end = (objective.grid[i].repeat_interleave(2, 1) for i in levels)
+    assert objective.teacher is not None
+    with torch.no_grad():
+        x_t = (1 - at(sigma)) * batch.x0_BFCHW + at(sigma) * eps
+        x_next = x_t + at(following - sigma) * (x_t - objective.teacher_x0(batch, x_t, sigma)) / at(sigma)
+        velocity = (x_next - objective.predict_x0(ema, batch, x_next, following)) / at(following)
+        x_end = torch.where(at(following == end), x_next, x_next + at(end - following) * velocity)
+        target = (x_end - at(end / sigma) * x_t) / at(1 - end / sigma)
+        error = (objective.predict_x0(objective.modules(), batch, x_t, sigma) - target).square().mean((2, 3, 4))
+    assert float(loss.detach()) == pytest.approx(float(error.mean()), rel=1e-4)
+    assert metrics.keys() == {f"cd_{visibility}"}
+
+
+def test_places_on_the_grid_of_each_visibility(codec: Path, teacher: Path) -> None:
+    objective = build(codec, teacher, grid_steps=12, clip_blocks=5, joint_blocks=2)
+    objective.prepare(CPU, torch.float32)
+    batch = objective.make_batch("story", 1, rng())
+    found = {}
+    for visibility in ("clean", "latest", "same_level", "lagged"):
+        batch.view, batch.scored_BG = objective.view(visibility), torch.ones(500, 5)
+        found[visibility] = objective.grid_index(batch)
+        assert found[visibility].unique().tolist() == list(range(12))
+        equal = (found[visibility] == found[visibility][:, :1]).all(1)
+        assert equal.all() if visibility in ("same_level", "lagged") else not equal.all()
+    batch.view = joint_view(5, 2, [1, 3, 5])
+    joint = objective.grid_index(batch)
+    assert (joint // 6 == torch.tensor([0, 1, 0, 1, 0])).all()  # the newest block of a window is in its first step
+    assert (joint % 6 == joint[:, :1] % 6).all() and joint[:, 0].unique().tolist() == list(range(6))
+
+
+def test_a_student_sees_only_what_its_teacher_was_trained_to_see(codec: Path, tmp_path: Path) -> None:
+    def trained(name: str, **changes: Any) -> Path:
+        config = ar.Config(**ar_values(codec, clip_blocks=5, **changes))
+        settings = {"objective": {"name": name, **dataclasses.asdict(config)}}
+        train(ar.build(config), train_config(max_steps=1), tmp_path / f"{name}{len(changes)}", resolved=settings)
+        return tmp_path / f"{name}{len(changes)}"
+
+    shares = {"visibility": {"clean": 0.5, "joint": 0.5}, "joint_blocks": 2}
+    teacher = trained("ar", **shares)
+
+    def prepare(teacher: Path, **changes: Any) -> None:
+        torch.manual_seed(1)
+        values = ar_values(codec, clip_blocks=5, teacher_from=str(teacher), **changes)
+        cd.build(cd.Config(**values)).prepare(CPU, torch.float32)
+
+    prepare(teacher)
+    prepare(teacher, **shares)
+    with pytest.raises(UserError, match="trained for the visibility clean, joint, and not for same_level"):
+        prepare(teacher, visibility={"clean": 0.5, "same_level": 0.5})
+    with pytest.raises(UserError, match="has joint_blocks 2, its student 3"):
+        prepare(teacher, **shares | {"joint_blocks": 3})
+    checkpoint = next((teacher / "checkpoints").glob("step_*.pt"))
+    with pytest.raises(UserError, match="not for same_level"):
+        prepare(checkpoint, visibility={"same_level": 1.0})
+    loose = tmp_path / "weights.pt"
+    loose.write_bytes(checkpoint.read_bytes())
+    prepare(loose, visibility={"same_level": 1.0})  # nothing says what it was trained for
+    with pytest.raises(UserError, match="is a bidirectional run; this student needs an autoregressive teacher"):
+        prepare(trained("bidirectional"))
+
+
+def test_a_teacher_of_another_shape_is_refused(codec: Path, teacher: Path) -> None:
+    model = dataclasses.replace(ar_values(codec)["model"], in_channels=8, out_channels=8)
+    values = ar_values(codec, teacher_from=str(teacher), model=model)
+    with pytest.raises(UserError, match=r"of another shape: transformer\.head\.head"):
+        cd.build(cd.Config(**values)).prepare(CPU, torch.float32)
+
+
 def test_the_last_step_of_the_grid_learns_the_teachers_x0(codec: Path, teacher: Path) -> None:
     """Whatever the average says there: at sigma 0 it must be the identity."""
     objective, ema = three_models(codec, teacher, grid_steps=2)
@@ -179,10 +270,14 @@ def test_student_teacher_and_average_are_all_compiled(
 
 
 def test_its_card_says_how_it_streams(codec: Path, teacher: Path) -> None:
+    """Re-noising works with every step count whose levels are on the grid; segments with their own count alone."""
     card = build(codec, teacher).scheduler()
-    assert (card.trained_steps, card.sampler, card.window_frames, card.sink_frames) == ((4,), "renoise", 8, 2)
+    assert (card.trained_steps, card.sampler, card.window_frames, card.sink_frames) == ((4, 2, 1), "renoise", 8, 2)
+    assert build(codec, teacher, grid_steps=6).scheduler().trained_steps == (2, 1)
+    assert build(codec, teacher, grid_steps=6, trained_steps=(3, 1)).scheduler().trained_steps == (3, 1)
     card = build(codec, teacher, grid_steps=6, segments=2).scheduler()
     assert (card.trained_steps, card.sampler) == ((2,), "euler")
+    assert build(codec, teacher, segments=4, trained_steps=(4,)).scheduler().trained_steps == (4,)
 
 
 def test_segments_end_at_the_noise_levels_of_the_sampler(codec: Path, teacher: Path) -> None:
@@ -200,6 +295,13 @@ def test_segments_end_at_the_noise_levels_of_the_sampler(codec: Path, teacher: P
         ({"grid_steps": 6, "segments": 4}, r"segments is 4; it must divide grid_steps \(6\)"),
         ({"segments": 0}, "segments is 0"),
         ({"segments": 2, "grid_shift": 3.0}, "they must be equal"),
+        ({"grid_shift": 8.0}, "grid_shift is 8.0 and sample_shift 5.0"),
+        ({"segments": 4, "trained_steps": (4, 2, 1)}, "it is not told where its segment ends. Set segments=1"),
+        ({"trained_steps": (4, 5)}, r"trained_steps has 5; each count must divide grid_steps \(48\)"),
+        ({"trained_steps": ()}, "it must hold one or more counts"),
+        ({"trained_steps": (4, 0)}, "counts of at least 1"),
+        ({"visibility": {"joint": 1.0}, "joint_blocks": 3, "grid_steps": 4}, "it must divide grid_steps"),
+        ({"visibility": {"joint": 1.0}, "joint_blocks": 3, "segments": 4}, "segments is 4 and joint_blocks 3"),
     ],
 )
 def test_grids_that_do_not_work_are_refused(codec: Path, teacher: Path, changes: dict[str, Any], message: str) -> None:

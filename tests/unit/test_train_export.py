@@ -103,7 +103,7 @@ def test_a_distilled_run_says_its_steps(teacher: Path, codec: Path, tmp_path: Pa
     config = cd.Config(**ar_values(codec, teacher_from=str(teacher), grid_steps=4, sample_steps=4))
     folder = export(run("cd", cd.build(config), config, tmp_path / "run"), tmp_path / "model", OBJECTIVES)
     pipe = StreamPipeline.from_pretrained(folder, dtype="fp32")
-    assert (pipe.scheduler.trained_steps, pipe.scheduler.sampler) == ((4,), "renoise")
+    assert (pipe.scheduler.trained_steps, pipe.scheduler.sampler) == ((4, 2, 1), "renoise")
     assert len(next(pipe.stream(STAR)).timing.denoise_ms) == 4
 
 
@@ -141,8 +141,8 @@ def test_what_is_no_run_is_refused(teacher: Path, codec: Path, tmp_path: Path) -
     (here / "config.yaml").write_text("train: {}\n")
     with pytest.raises(UserError, match="is not the config of a run"):
         export(here, out, OBJECTIVES)
-    (here / "config.yaml").write_text("objective: {name: gan}\n")
-    with pytest.raises(UserError, match="names the objective 'gan'; known: codec, ar, cd"):
+    (here / "config.yaml").write_text("objective: {name: nothing}\n")
+    with pytest.raises(UserError, match="names the objective 'nothing'; known: codec, "):
         export(here, out, OBJECTIVES)
     (here / "config.yaml").write_text((teacher / "config.yaml").read_text())
     with pytest.raises(UserError, match="no checkpoint in"):

@@ -24,7 +24,13 @@ from streamgen_train.config import RunConfig, from_dict, nearest
 from streamgen_train.loop import NonFiniteError, train
 from streamgen_train.objective import Objective
 
-OBJECTIVES = {"codec": "streamgen_train.objectives.codec", "ar": "streamgen_train.objectives.ar"}
+OBJECTIVES = {
+    "codec": "streamgen_train.objectives.codec",
+    "bidirectional": "streamgen_train.objectives.bidirectional",
+    "ar": "streamgen_train.objectives.ar",
+    "df": "streamgen_train.objectives.df",
+    "moving_buffer": "streamgen_train.objectives.moving_buffer",
+}
 """objective.name -> module with a dataclass `Config` and `build(config: Config) -> Objective`."""
 ROOT_CONFIG = "run"
 

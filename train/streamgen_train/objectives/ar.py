@@ -1,9 +1,14 @@
-"""Autoregressive flow matching with teacher forcing (CausVid, arXiv 2412.07772; Causal Forcing's first stage).
+"""Autoregressive flow matching: teacher forcing (CausVid, arXiv 2412.07772; Causal Forcing's first stage), and other
+visibilities in shares.
 
-The clean and the noisy copy of a clip go through the transformer as one sequence under one mask: clean block b sees
-clean blocks up to b, noisy block b sees clean blocks before b and itself. Each block has its own noise level and its
-own prompt. Loss: bounded_flow_weight(sigma) |x0_hat - x0|^2, which for the flow is |v_hat - v|^2 with less weight
-on nearly clean input.
+Teacher forcing: the clean and the noisy copy of a clip go through the transformer as one sequence under one mask:
+clean block b sees clean blocks up to b, noisy block b sees clean blocks before b and itself. Each block has its own
+noise level and its own prompt.
+`visibility` mixes in batches of other kinds, so that one checkpoint can be streamed in several ways:
+    same_level  the noisy copy alone, all blocks of a clip at one level
+    latest      the noisy copy alone, each block at its own level: diffusion forcing (df.py)
+    lagged      both copies at one level: clean blocks from `lag_blocks` back, noisy ones between
+    joint       both copies; windows of `joint_blocks` noisy blocks of rising noise see each other
 
 Letters: B clips, G blocks, F latent frames, C H W latent, L D text rows.
 """
@@ -11,57 +16,101 @@ Letters: B clips, G blocks, F latent frames, C H W latent, L D text rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import teacher_forcing_mask
+from streamgen.attention import Visibility, dense_mask, flex_mask
+from streamgen.pipeline import SchedulerConfig
 from streamgen.rope import rope_table
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel
 from streamgen_train.objective import Turn
-from streamgen_train.objectives import video
-from streamgen_train.objectives.video import Batch, VideoObjective
-
-VALIDATION_SIGMAS = (1.0, 0.95, 0.85, 0.6)
+from streamgen_train.objectives import flow_matching
+from streamgen_train.objectives.flow_matching import VALIDATION_SIGMAS, FlowMatching
+from streamgen_train.objectives.video import Batch
+from streamgen_train.objectives.views import (
+    ALONE,
+    CLEAN,
+    View,
+    card_visibility,
+    check_shares,
+    draw_joint,
+    draw_visibility,
+    joint_u,
+    whole_windows,
+)
 
 
 @dataclass(kw_only=True)
-class Config(video.Config):
-    shifts: tuple[float, ...] = (8.0,)
-    """Noise levels are uniform u warped by one of these shifts, drawn evenly: high ones train the decisions (what and
-    where), low ones the drawing."""
-    sigma_floor: float = 0.3
+class Config(flow_matching.Config):
+    visibility: dict[Visibility, float] = field(default_factory=lambda: {"clean": 1.0})
+    """Shares of what a block sees of earlier ones, over batches of more than one block."""
+    joint_blocks: int = 3
+    """Blocks, and noise levels, of a joint window."""
+    lag_blocks: int = 2
+    """Blocks by which the clean past is behind in `lagged`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(
+            self.visibility,
+            clip_blocks=self.clip_blocks,
+            joint_blocks=self.joint_blocks,
+            lag_blocks=self.lag_blocks,
+            geometry=self.geometry,
+            window_frames=self.window_frames,
+            sink_frames=self.sink_frames,
+        )
 
 
-class ArObjective(VideoObjective):
-    """Teacher forcing: every block learns from the clean blocks before it."""
+class ArObjective(FlowMatching):
+    """Every block learns from the blocks before it."""
 
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._tables: dict[int, tuple[tuple[Tensor, Tensor], Tensor]] = {}
+        self._tables: dict[tuple[int, View], tuple[tuple[Tensor, Tensor], Any]] = {}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         super().prepare(device, dtype)
         self._tables.clear()
 
-    def tables(self, blocks: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Rotary table and mask of [clean | noisy] for a clip of `blocks` blocks."""
-        if blocks not in self._tables:
+    def batch(self, turn: Turn) -> Batch:
+        batch = super().batch(turn)
+        if batch.kind != "single":
+            visibility, blocks = draw_visibility(self.config.visibility, turn.rng), batch.scored_BG.shape[1]
+            if visibility == "joint":
+                batch.view = draw_joint(blocks, self.config.joint_blocks, batch.kind == "gap", turn.rng)
+            else:
+                batch.view = self.view(visibility)
+        return batch
+
+    def view(self, visibility: Visibility) -> View:
+        """Of every visibility but `joint`, whose windows are drawn."""
+        return View(visibility, lag_blocks=self.config.lag_blocks if visibility == "lagged" else 1)
+
+    def tables(self, blocks: int, view: View = CLEAN) -> tuple[tuple[Tensor, Tensor], Any]:
+        """Rotary table and mask (dense, or the block mask of flex) of a clip of `blocks` blocks: of [clean | noisy], or
+        of the noisy copy for views without a clean one. No mask: all frames see all.
+        """
+        if (blocks, view) not in self._tables:
             g, c = self.config.geometry, self.config
-            sizes = [g.block_size(b) for b in range(blocks)]
-            head_dim = c.model.head_dim
-            cos, sin = rope_table(range(sum(sizes)), g.grid_height, g.grid_width, head_dim, c.model.rope_theta)
-            mask = teacher_forcing_mask(
-                sizes, g.tokens_per_frame, window_frames=c.window_frames, sink_frames=c.sink_frames
-            )
-            rope = (torch.cat([cos, cos]).to(self.device), torch.cat([sin, sin]).to(self.device))
-            self._tables[blocks] = (rope, mask.to(self.device))
-        return self._tables[blocks]
+            layout = view.layout(blocks, g, c.window_frames, c.sink_frames)
+            frames = [*range(sum(layout.block_frames))] * len(layout.copies)
+            cos, sin = rope_table(frames, g.grid_height, g.grid_width, c.model.head_dim, c.model.rope_theta)
+            mask: Any = None
+            if blocks > 1 or len(layout.copies) > 1:
+                if c.attention_backend == "flex":
+                    mask = flex_mask(layout, g.tokens_per_frame, self.device)
+                else:
+                    mask = dense_mask(layout, g.tokens_per_frame).to(self.device)
+            self._tables[blocks, view] = ((cos.to(self.device), sin.to(self.device)), mask)
+        return self._tables[blocks, view]
 
     def predict_x0(
         self,
@@ -71,58 +120,70 @@ class ArObjective(VideoObjective):
         sigma_BF: Tensor,
         ids_BGL: Tensor | None = None,
     ) -> Tensor:
-        """x0 of every noisy block, given the clean blocks before it: [B, F, C, H, W] float32."""
+        """x0 of every noisy block, given what the batch's view shows of the blocks before it."""
         model, text = modules["transformer"], modules["text"]
         assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder)
         ids = batch.ids_BGL if ids_BGL is None else ids_BGL
         frames, blocks = x_t.shape[1], ids.shape[1]
-        if blocks == 1:  # nothing before it: the clean half would be dead weight
-            cos, sin = self.tables(1)[0]
-            half = len(cos) // 2
-            context = model.encode_text(text.encode_ids(ids))
-            timestep = flow.timestep_of(sigma_BF)
-            out = model(x_t, timestep, context, rope=(cos[:half], sin[:half]))
-            return flow.to_x0(out.float(), x_t, sigma_BF, self.config.model.prediction)
-        rope, mask = self.tables(blocks)
-        context = model.encode_text(text.encode_ids(torch.cat([batch.clean_ids_BGL, ids], 1)))
-        both = torch.cat([batch.x0_BFCHW, x_t], 1)
-        timestep = flow.timestep_of(torch.cat([torch.zeros_like(sigma_BF), sigma_BF], 1))
-        out = model(both, timestep, context, rope=rope, mask=mask)[:, frames:]
+        if blocks == 1 or batch.view.alone:  # nothing before it, or nothing clean: no clean half
+            rope, mask = self.tables(blocks, ALONE)
+            out = model(x_t, flow.timestep_of(sigma_BF), model.encode_text(text.encode_ids(ids)), rope=rope, mask=mask)
+        else:
+            rope, mask = self.tables(blocks, batch.view)
+            context = model.encode_text(text.encode_ids(torch.cat([batch.clean_ids_BGL, ids], 1)))
+            both = torch.cat([batch.x0_BFCHW, x_t], 1)
+            timestep = flow.timestep_of(torch.cat([torch.zeros_like(sigma_BF), sigma_BF], 1))
+            out = model(both, timestep, context, rope=rope, mask=mask)[:, frames:]
         return flow.to_x0(out.float(), x_t, sigma_BF, self.config.model.prediction)
 
-    def draw_sigma(self, like_BG: Tensor) -> Tensor:
-        """A noise level for each block."""
-        shifts = torch.tensor(self.config.shifts, device=like_BG.device)
-        shift_BG = shifts[torch.randint(len(shifts), like_BG.shape, device=like_BG.device)]
-        return flow.sample_sigma(torch.rand_like(like_BG), shift_BG)
+    def levels(self, batch: Batch) -> Tensor:
+        view, like_BG = batch.view, batch.scored_BG
+        if view.visibility == "joint":
+            phase_B1 = torch.rand_like(like_BG[:, :1])
+            return flow.sample_sigma(joint_u(view, self.config.joint_blocks, phase_B1), self.config.sample_shift)
+        if view.shares_level:
+            return self.draw_sigma(like_BG[:, :1]).expand_as(like_BG)
+        return self.draw_sigma(like_BG)
 
-    def loss(self, batch: Batch, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        x0 = batch.x0_BFCHW
-        sigma_BG = self.draw_sigma(batch.scored_BG)
-        sigma_BF = self.per_frame(sigma_BG)
-        x_t = flow.add_noise(x0, torch.randn_like(x0), sigma_BF)
-        error_BF = (self.predict_x0(self.modules(), batch, x_t, sigma_BF) - x0).square().mean((2, 3, 4))
-        weight_BF = flow.bounded_flow_weight(sigma_BF, self.config.sigma_floor) * self.per_frame(batch.scored_BG)
-        loss = (weight_BF * error_BF).mean()
-        frames = self.config.geometry.block_size(0)
-        return loss, {f"mse_{batch.kind}": error_BF.detach().mean(), "mse_first": error_BF[:, :frames].detach().mean()}
-
-    def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Error of x0 at fixed noise levels, for a block from nothing and for one with clean context."""
-        rng = torch.Generator().manual_seed(3)
-        scores = {}
-        for kind in ("single", "story"):
-            batch = self.make_batch(kind, self.config.validation_clips, rng)
-            noise = torch.randn(batch.x0_BFCHW.shape, generator=rng).to(self.device)
+    def scores(self, modules: Mapping[str, nn.Module], batch: Batch, noise: Tensor) -> dict[str, float]:
+        """With clean context, and for clips with every other visibility that is trained; a clip's first block has no
+        context and does not count.
+        """
+        if batch.kind == "single":
+            return super().scores(modules, batch, noise)
+        found: dict[str, float] = {}
+        first = self.config.geometry.block_size(0)
+        for visibility in dict.fromkeys(("clean", *self.config.visibility)):
+            if visibility == "joint":
+                found |= self._joint_scores(modules, batch, noise)
+                continue
+            seen, name = replace(batch, view=self.view(visibility)), batch.kind if visibility == "clean" else visibility
             for sigma in VALIDATION_SIGMAS:
-                sigma_BF = torch.full(batch.x0_BFCHW.shape[:2], sigma, device=self.device)
-                x_t = flow.add_noise(batch.x0_BFCHW, noise, sigma_BF)
-                error = (self.predict_x0(modules, batch, x_t, sigma_BF) - batch.x0_BFCHW).square()
-                if kind == "story":  # later blocks only: the first one has no context
-                    error = error[:, self.config.geometry.block_size(0) :]
-                scores[f"{kind}_{sigma}"] = float(error.mean())
-        scores["variance"] = float(batch.x0_BFCHW.var())
-        return scores
+                found[f"{name}_{sigma}"] = float(self.error_at(modules, seen, noise, sigma)[:, first:].mean())
+        return found
+
+    def _joint_scores(self, modules: Mapping[str, nn.Module], batch: Batch, noise: Tensor) -> dict[str, float]:
+        """Error of each block of a full window at the levels of the sampler, by level."""
+        n, g = self.config.joint_blocks, self.config.geometry
+        view = whole_windows(batch.scored_BG.shape[1], n)
+        u_BG = joint_u(view, n, torch.zeros_like(batch.scored_BG[:, :1]))
+        sigma_BG = flow.sample_sigma(u_BG, self.config.sample_shift)
+        error = self.error_at(modules, replace(batch, view=view), noise, sigma_BG)
+        found = {}
+        for block in range(len(view.steps) - n, len(view.steps)):
+            frames = slice(g.block_start(block), g.block_start(block) + g.block_size(block))
+            found[f"joint_{float(sigma_BG[0, block]):.3g}"] = float(error[:, frames].mean())
+        return found
+
+    def card_scheduler(self, trained_steps: tuple[int, ...], sampler: str) -> SchedulerConfig:
+        """With the visibilities that were trained."""
+        c, visibility = self.config, card_visibility(self.config.visibility)
+        return replace(
+            super().card_scheduler(trained_steps, sampler),
+            visibility=visibility,
+            joint_blocks=c.joint_blocks if "joint" in visibility else 0,
+            lag_blocks=c.lag_blocks if "lagged" in visibility else 0,
+        )
 
 
 def build(config: Config) -> ArObjective:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamgen.attention import check_backend, check_trainable, check_window
 from streamgen.codec import SpritesCodec, load_codec
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig
@@ -22,6 +23,7 @@ from streamgen.worlds import grammar, sprites
 from streamgen_train.checkpoint import load_into
 from streamgen_train.clips import Clips, Kind, make_clips
 from streamgen_train.objective import Objective, Turn
+from streamgen_train.objectives.views import CLEAN, View
 from streamgen_train.pictures import pipeline_of, sample_sheet
 
 
@@ -54,11 +56,18 @@ class Config:
     word_drop: float = 0.1
     """Share of clips of which each word is left out with probability 0.3."""
     attention_backend: str = "sdpa"
+    """A name of streamgen.attention.BACKENDS: math under compile on a CPU, flex for long clips on a GPU."""
     init_from: str | None = None
     """Run folder or checkpoint to take the weights from."""
     validation_clips: int = 32
     sample_steps: int = 16
     sample_shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_backend(self.attention_backend)
+        check_window(self.window_frames, self.sink_frames, self.geometry.block_frames)
+        if self.clip_blocks < 1:
+            raise ValueError(f"clip_blocks is {self.clip_blocks}; it must be at least 1")
 
 
 @dataclass(slots=True)
@@ -70,6 +79,8 @@ class Batch:
     clean_ids_BGL: Tensor
     scored_BG: Tensor
     kind: Kind
+    view: View = CLEAN
+    """What the noisy blocks see of the past."""
 
 
 class VideoObjective(Objective):
@@ -87,6 +98,7 @@ class VideoObjective(Objective):
         return {"transformer": self.model, "text": self.text}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        check_trainable(self.config.attention_backend, device)
         if self.codec is None:
             self.codec = load_codec(self.config.codec_from)
             self.codec.requires_grad_(False)

@@ -1,0 +1,97 @@
+"""Flow matching on noised clips: the loss and the validation of every objective whose targets are the clips themselves.
+
+Loss: bounded_flow_weight(sigma) |x0_hat - x0|^2, which for the flow is |v_hat - v|^2 with less weight on nearly clean
+input. Subclasses say which noise levels the blocks get and what the model sees.
+
+Letters: B clips, G blocks, F latent frames, C H W latent, L text rows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from streamgen import flow
+from streamgen_train.objective import Turn
+from streamgen_train.objectives import video
+from streamgen_train.objectives.video import Batch, VideoObjective
+
+VALIDATION_SIGMAS = (1.0, 0.95, 0.85, 0.6)
+
+
+@dataclass(kw_only=True)
+class Config(video.Config):
+    shifts: tuple[float, ...] = (8.0,)
+    """Noise levels are uniform u warped by one of these shifts, drawn evenly: high ones train the decisions (what and
+    where), low ones the drawing."""
+    sigma_floor: float = 0.3
+
+
+class FlowMatching(VideoObjective):
+    """Learns the clean clip from a noised one."""
+
+    config: Config
+
+    @abstractmethod
+    def predict_x0(
+        self,
+        modules: Mapping[str, nn.Module],
+        batch: Batch,
+        x_t: Tensor,
+        sigma_BF: Tensor,
+        ids_BGL: Tensor | None = None,
+    ) -> Tensor:
+        """x0 of every noisy block: [B, F, C, H, W] float32. `ids_BGL`: other prompts than the batch's own."""
+
+    def draw_sigma(self, like_BG: Tensor) -> Tensor:
+        """A noise level for each element."""
+        shifts = torch.tensor(self.config.shifts, device=like_BG.device)
+        shift_BG = shifts[torch.randint(len(shifts), like_BG.shape, device=like_BG.device)]
+        return flow.sample_sigma(torch.rand_like(like_BG), shift_BG)
+
+    def levels(self, batch: Batch) -> Tensor:
+        """The noise level of each block [B, G] in training; every block has its own unless a subclass says else."""
+        return self.draw_sigma(batch.scored_BG)
+
+    def loss(self, batch: Batch, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        x0 = batch.x0_BFCHW
+        sigma_BF = self.per_frame(self.levels(batch))
+        x_t = flow.add_noise(x0, torch.randn_like(x0), sigma_BF)
+        error_BF = (self.predict_x0(self.modules(), batch, x_t, sigma_BF) - x0).square().mean((2, 3, 4))
+        weight_BF = flow.bounded_flow_weight(sigma_BF, self.config.sigma_floor) * self.per_frame(batch.scored_BG)
+        loss = (weight_BF * error_BF).mean()
+        frames = self.config.geometry.block_size(0)
+        name = batch.kind if batch.view.visibility == "clean" else batch.view.visibility
+        return loss, {f"mse_{name}": error_BF.detach().mean(), "mse_first": error_BF[:, :frames].detach().mean()}
+
+    def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Error of x0 at fixed noise levels, for a block from nothing and for a clip."""
+        rng = torch.Generator().manual_seed(3)
+        scores: dict[str, float] = {}
+        for kind in ("single", "story"):
+            batch = self.make_batch(kind, self.config.validation_clips, rng)
+            noise = torch.randn(batch.x0_BFCHW.shape, generator=rng).to(self.device)
+            scores |= self.scores(modules, batch, noise)
+        scores["variance"] = float(batch.x0_BFCHW.var())
+        return scores
+
+    def scores(self, modules: Mapping[str, nn.Module], batch: Batch, noise: Tensor) -> dict[str, float]:
+        """Error of all frames by noise level."""
+        return {
+            f"{batch.kind}_{sigma}": float(self.error_at(modules, batch, noise, sigma).mean())
+            for sigma in VALIDATION_SIGMAS
+        }
+
+    def error_at(self, modules: Mapping[str, nn.Module], batch: Batch, noise: Tensor, sigma: float | Tensor) -> Tensor:
+        """Squared error [B, F, C, H, W] of x0 at one level, or at [B, G] levels."""
+        x0 = batch.x0_BFCHW
+        if isinstance(sigma, Tensor):
+            sigma_BF = self.per_frame(sigma)
+        else:
+            sigma_BF = torch.full(x0.shape[:2], sigma, device=self.device)
+        x_t = flow.add_noise(x0, noise, sigma_BF)
+        return (self.predict_x0(modules, batch, x_t, sigma_BF) - x0).square()
