@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from streamgen import flow
 from streamgen.cache import BlockCache, CacheSpec, KVCache
 from streamgen.codec import load_codec
+from streamgen.embedded_text import EmbeddedText
 from streamgen.errors import UserError
 from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextEncoder
@@ -46,7 +47,7 @@ MARK = "streamgen_ode_pairs"
 DEPENDS_ON = (
     *("ode_steps", "trained_steps", "sample_shift", "guidance", "pairs_seed", "window_frames", "sink_frames"),
     *("clips", "single_clips", "clip_blocks", "single_share", "gap_share", "switch_share", "recache_share"),
-    *("text_drop", "word_drop", "world", "geometry", "text"),
+    *("text_drop", "word_drop", "world", "geometry", "text", "data"),
 )
 """Keys of the config that change the pairs."""
 TENSORS = ("x0_BFCHW", "ids_BGL", "clean_ids_BGL", "scored_BG", "states_BKFCHW", "final_BFCHW")
@@ -142,7 +143,7 @@ class OdeObjective(TaughtObjective):
         """
         assert self.teacher is not None
         model, text, g = self.teacher["transformer"], self.teacher["text"], self.config.geometry
-        assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder)
+        assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder | EmbeddedText)
         cache, states, ends = self._cache(len(noise_BFCHW)), [], []
         for b in range(batch.ids_BGL.shape[1]):
             frames = slice(g.block_start(b), g.block_start(b) + g.block_size(b))
@@ -221,7 +222,11 @@ class OdeObjective(TaughtObjective):
         """What the pairs depend on, as JSON has it: the same settings, the same pairs."""
         values = asdict(self.config)
         kept = {name: values[name] for name in DEPENDS_ON}
-        made_by = {"teacher": self._teacher_digest, "codec": digest({"codec": load_codec(self.config.codec_from)})}
+        codec = self.config.codec_from
+        made_by = {
+            "teacher": self._teacher_digest,
+            "codec": None if codec is None else digest({"codec": load_codec(codec)}),
+        }
         plain: dict[str, Any] = json.loads(json.dumps(kept | made_by))
         return plain
 

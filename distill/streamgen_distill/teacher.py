@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from streamgen import flow
 from streamgen.errors import UserError
-from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel
 from streamgen_train.checkpoint import load_into
 from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.ar import Config as ArConfig
-from streamgen_train.objectives.video import Batch
+from streamgen_train.objectives.video import Batch, build_text
 from streamgen_train.objectives.views import card_visibility
 
 
@@ -60,7 +59,7 @@ class TaughtObjective(ArObjective):
         check_teacher(self.config)
         teacher: dict[str, nn.Module] = {
             "transformer": CausalWanModel(self.config.model, attention_backend=self.config.attention_backend),
-            "text": SpritesTextEncoder(self.config.text),
+            "text": build_text(self.config.text),
         }
         load_into(Path(self.config.teacher_from), teacher)
         return teacher

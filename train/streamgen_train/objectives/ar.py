@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from streamgen import flow
 from streamgen.attention import Visibility, dense_mask, flex_mask
+from streamgen.embedded_text import EmbeddedText
 from streamgen.pipeline import SchedulerConfig
 from streamgen.rope import rope_table
 from streamgen.text import SpritesTextEncoder
@@ -122,7 +123,7 @@ class ArObjective(FlowMatching):
     ) -> Tensor:
         """x0 of every noisy block, given what the batch's view shows of the blocks before it."""
         model, text = modules["transformer"], modules["text"]
-        assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder)
+        assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder | EmbeddedText)
         ids = batch.ids_BGL if ids_BGL is None else ids_BGL
         frames, blocks = x_t.shape[1], ids.shape[1]
         if blocks == 1 or batch.view.alone:  # nothing before it, or nothing clean: no clean half

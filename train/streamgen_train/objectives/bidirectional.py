@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
+from streamgen.embedded_text import EmbeddedText
 from streamgen.errors import UserError
 from streamgen.rope import rope_table
 from streamgen.sheets import contact_sheet
@@ -85,7 +86,8 @@ class BidirectionalObjective(FlowMatching):
 
     def sample(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
         """Whole clips of held-out captions, one row each."""
-        assert self.codec is not None
+        if self.codec is None or self.source is not None:
+            return {}
         g, rng = self.config.geometry, torch.Generator().manual_seed(4)
         items = pick_captions(12, rng, "heldout", self.config.world)
         ids_BGL = self.text.ids([c.text for c in items])[:, None].expand(-1, self.config.clip_blocks, -1)
@@ -106,7 +108,7 @@ class BidirectionalObjective(FlowMatching):
 def whole_clip_x0(modules: Mapping[str, nn.Module], x_t: Tensor, sigma_BF: Tensor, ids_BGL: Tensor) -> Tensor:
     """x0 [B, F, C, H, W] float32 of clips in which all frames see all frames; the blocks divide the frames evenly."""
     model, text = modules["transformer"], modules["text"]
-    assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder)
+    assert isinstance(model, CausalWanModel) and isinstance(text, SpritesTextEncoder | EmbeddedText)
     c = model.config
     grid = (x_t.shape[3] // c.patch[1], x_t.shape[4] // c.patch[2])
     rope = _rope(x_t.shape[1], grid, c.head_dim, c.rope_theta, x_t.device)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from streamgen.attention import check_backend, check_trainable, check_window
 from streamgen.codec import SpritesCodec, load_codec
+from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
+from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
@@ -25,15 +27,23 @@ from streamgen_train.clips import Clips, Kind, make_clips
 from streamgen_train.objective import Objective, Turn
 from streamgen_train.objectives.views import CLEAN, View
 from streamgen_train.pictures import pipeline_of, sample_sheet
+from streamgen_train.videos.config import SourceConfig
+from streamgen_train.videos.latents import LatentSource
+from streamgen_train.videos.prompts import PromptSource
+from streamgen_train.videos.source import Source, VideoSource, open_source
 
 
 @dataclass(kw_only=True)
 class Config:
     model: TransformerConfig
-    codec_from: str
-    """Codec folder (config.json and weights), or a model folder that has one."""
-    text: SpritesTextConfig = field(default_factory=SpritesTextConfig)
+    codec_from: str | None
+    """Codec folder (config.json and weights), or a model folder that has one; null with cached latents, for which
+    nothing is encoded (and nothing decoded: there are no pictures then)."""
+    text: SpritesTextConfig | EmbeddedTextConfig = field(default_factory=SpritesTextConfig)
+    """The word table of the sprites world, or a file of prompts encoded beforehand (`file`)."""
     geometry: VideoGeometry
+    data: SourceConfig | None = None
+    """Videos or cached latents with captions; null: the sprites world."""
     world: grammar.Part = field(default_factory=grammar.Part)
     """The part of the sprites world that is learned (all of it by default)."""
     window_frames: int = 12
@@ -68,6 +78,10 @@ class Config:
         check_window(self.window_frames, self.sink_frames, self.geometry.block_frames)
         if self.clip_blocks < 1:
             raise ValueError(f"clip_blocks is {self.clip_blocks}; it must be at least 1")
+        if self.codec_from is None and (self.data is None or self.data.videos is not None):
+            raise ValueError("codec_from is null, but clips are to be encoded: name a codec folder, or cached latents")
+        if self.data is not None and self.gap_share > 0:
+            raise ValueError(f"gap_share is {self.gap_share}; only the sprites world has such clips: set it to 0")
 
 
 @dataclass(slots=True)
@@ -90,22 +104,35 @@ class VideoObjective(Objective):
         self.config = config
         self.clips_per_batch = config.clips
         self.model = CausalWanModel(config.model, attention_backend=config.attention_backend)
-        self.text = SpritesTextEncoder(config.text)
+        self.text = build_text(config.text)
         self.codec: SpritesCodec | None = None
+        self.source: Source | None = None
         self._paint: sprites.Painter | None = None
+        self._prepared = False
 
     def modules(self) -> dict[str, nn.Module]:
         return {"transformer": self.model, "text": self.text}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         check_trainable(self.config.attention_backend, device)
-        if self.codec is None:
-            self.codec = load_codec(self.config.codec_from)
-            self.codec.requires_grad_(False)
-            if self.config.init_from is not None:
-                load_into(Path(self.config.init_from), self.modules())
+        if not self._prepared:
+            self._open()
         super().prepare(device, dtype)
-        self.codec.to(device, dtype)
+        if self.codec is not None:
+            self.codec.to(device, dtype)
+
+    def _open(self) -> None:
+        c = self.config
+        if c.codec_from is not None:
+            self.codec = load_codec(c.codec_from)
+            self.codec.requires_grad_(False)
+        if c.data is not None:
+            self.source = open_source(c.data)
+            if isinstance(self.source, LatentSource) and c.codec_from is not None:
+                self.source.check_codec(c.codec_from)
+        if c.init_from is not None:
+            load_into(Path(c.init_from), self.modules())
+        self._prepared = True
 
     def compile(self, modules: Mapping[str, nn.Module]) -> None:
         modules["transformer"].compile(dynamic=False)
@@ -116,9 +143,36 @@ class VideoObjective(Objective):
     def batch(self, turn: Turn) -> Batch:
         c, rng = self.config, turn.rng
         draw = torch.rand(3, generator=rng).tolist()
-        if turn.step < c.single_until or draw[0] < c.single_share:
+        single = turn.step < c.single_until or draw[0] < c.single_share
+        if self.source is not None:
+            return self.source_batch(self.source, "single" if single else "story", turn)
+        if single:
             return self.make_batch("single", c.single_clips, rng)
         return self.make_batch("gap" if draw[1] < c.gap_share else "story", c.clips, rng)
+
+    @torch.no_grad()
+    def source_batch(self, source: Source, kind: Kind, turn: Turn) -> Batch:
+        """Clips of a person's own data, each under one prompt; of a single batch the first block alone is used."""
+        c, g = self.config, self.config.geometry
+        if isinstance(source, PromptSource):
+            raise UserError("objective.data holds prompts alone; this objective learns from videos or cached latents")
+        clips, captions = source.batch(turn.step, turn.micro, c.clips)
+        if isinstance(source, VideoSource):
+            assert self.codec is not None
+            clips = self.codec.encode(clips.to(self.device, self.dtype))
+        blocks = 1 if kind == "single" else c.clip_blocks
+        frames = g.block_start(blocks)
+        want = (g.latent_channels, g.latent_height, g.latent_width)
+        if clips.shape[1] < frames or tuple(clips.shape[2:]) != want:
+            raise UserError(
+                f"objective.data gives latents of {list(clips.shape[1:])} (frames, channels, rows, columns); "
+                f"objective.geometry and clip_blocks ask for {[frames, *want]}, with at least so many frames"
+            )
+        ids = self.text.ids(captions)[:, None].expand(-1, blocks, -1)
+        ids = drop_words(ids, c.text_drop, c.word_drop, turn.rng).to(self.device)
+        return Batch(
+            clips[:, :frames].float().to(self.device), ids, ids, torch.ones(ids.shape[:2]).to(self.device), kind
+        )
 
     @torch.no_grad()
     def make_batch(self, kind: Kind, count: int, rng: torch.Generator) -> Batch:
@@ -156,11 +210,16 @@ class VideoObjective(Objective):
     # -- what a person looks at ---------------------------------------------------------------------
 
     def sample(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
-        assert self.codec is not None
+        if self.codec is None or self.source is not None:
+            return {}
         pipe = pipeline_of(modules, self.codec, self.config.geometry, self.scheduler())
         return {"samples": sample_sheet(pipe, steps=self.config.sample_steps, part=self.config.world)}
 
     def export(self, modules: Mapping[str, nn.Module], folder: Path) -> None:
+        if self.config.codec_from is None or isinstance(self.config.text, EmbeddedTextConfig):
+            raise UserError(
+                "a model folder needs a codec and a text encoder; this run had latents or embeddings instead"
+            )
         codec = load_codec(self.config.codec_from)
         half = {name: module.half() for name, module in modules.items()}
         pipeline_of(half, codec.half(), self.config.geometry, self.scheduler()).save_pretrained(folder)
@@ -179,6 +238,11 @@ class VideoObjective(Objective):
             prediction=c.model.prediction,
             sampler=sampler,
         )
+
+
+def build_text(config: SpritesTextConfig | EmbeddedTextConfig) -> SpritesTextEncoder | EmbeddedText:
+    """The text encoder of a config."""
+    return EmbeddedText(config) if isinstance(config, EmbeddedTextConfig) else SpritesTextEncoder(config)
 
 
 def drop_words(ids_BGL: Tensor, text_share: float, word_share: float, rng: torch.Generator) -> Tensor:
