@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import typer
 
 from streamgen import __version__
 from streamgen.errors import UserError
+from streamgen_infer.arguments import Device, Json, Model, Overwrite, Steps, Threads
+from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts
 from streamgen_infer.stream_options import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
 
@@ -70,12 +73,7 @@ def top(
         raise UserError(f"name a command: {', '.join(sorted(context.command.commands))}")  # type: ignore[attr-defined]
 
 
-Model = Annotated[str, typer.Option(help="A shipped model's name, or a model folder.", metavar="DIR|NAME")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps per block; the model's own by default.", metavar="N")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's choice by default.", metavar="N")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this JSON file.", metavar="FILE")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")]
+app.add_typer(evaluation)
 
 
 @app.command()
@@ -147,51 +145,6 @@ def stream(
     return stream_command.run(options, context.obj.interrupts)
 
 
-@app.command("eval")
-def evaluate(
-    context: typer.Context,
-    suite: Annotated[str, typer.Argument(help="sprites")],
-    model: Model = "sprites",
-    n: Annotated[int, typer.Option(help="Held-out captions, each a clip of 5 s.", metavar="N")] = 128,
-    seed: Annotated[int, typer.Option(help="Chooses the captions and the noise.", metavar="N")] = 0,
-    seconds: Annotated[float, typer.Option(help="Length of the long streams; 5: none.", metavar="N")] = 5,
-    long_n: Annotated[int, typer.Option(help="How many long streams.", metavar="N")] = 8,
-    switches: Annotated[int, typer.Option(help="Streams with a change of prompt.", metavar="N")] = 32,
-    steps: Steps = None,
-    cache: Annotated[str, typer.Option(help=" | ".join(CACHES))] = CACHES[0],
-    transition: Annotated[str, typer.Option(help="cut | recache | scene")] = "recache",
-    device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
-    threads: Threads = None,
-    batch: Annotated[int, typer.Option(help="Streams made at once.", metavar="N")] = 16,
-    json: Json = None,
-    sheet: Annotated[Path | None, typer.Option(help="Draw the clips into this PNG.", metavar="FILE")] = None,
-    overwrite: Overwrite = False,
-) -> int:
-    """Judge from the pixels whether video shows what its prompt says: held-out captions, over time, after switches."""
-    from streamgen_infer import evaluate as command
-
-    options = command.Options(
-        model=model,
-        n=n,
-        seed=seed,
-        seconds=seconds,
-        long_n=long_n,
-        switches=switches,
-        steps=steps,
-        cache=cache,
-        transition=transition,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        batch=batch,
-        json=json,
-        sheet=sheet,
-        overwrite=overwrite,
-    )
-    return command.run(suite, options, context.obj.interrupts)
-
-
 @app.command()
 def bench(
     context: typer.Context,
@@ -246,6 +199,41 @@ def convert(
 ) -> int:
     """Write the averaged weights of a run as a model folder (of a codec run: a codec folder)."""
     return context.obj.hand_over["convert"]([str(source), str(target)])
+
+
+@app.command()
+def latents(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of videos, or a .tar.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder of latents.", show_default=False)],
+    codec: Annotated[str, typer.Option(help="A codec folder, or a model folder.", metavar="DIR", show_default=False)],
+    height: Annotated[int, typer.Option(help="Rows of the videos.", metavar="N")] = 480,
+    width: Annotated[int, typer.Option(help="Columns of the videos.", metavar="N")] = 832,
+    frames: Annotated[int, typer.Option(help="Frames of a window.", metavar="N")] = 81,
+    bucket: Annotated[
+        list[str] | None, typer.Option(help="Several sizes, instead of these three; repeatable.", metavar="HxWxFRAMES")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second to bring the videos to.", metavar="N")] = 16,
+    windows: Annotated[int, typer.Option(help="Windows per video at most; 0: as many as it has.", metavar="N")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp16 | bf16")] = "fp16",
+    shard_clips: Annotated[int, typer.Option(help="Windows per file.", metavar="N")] = 128,
+    max_broken_share: Annotated[float, typer.Option(help="Fail when more videos are broken.", metavar="N")] = 0.05,
+    workers: Annotated[int, typer.Option(help="Videos opened at once while looking for them.", metavar="N")] = 1,
+    device: Device = "cpu",
+) -> int:
+    """Encode videos with captions once, for training; run it again to go on where it ended."""
+    options = {
+        "codec": codec,
+        "buckets": bucket or [f"{height}x{width}x{frames}"],
+        "fps": fps,
+        "windows": windows,
+        "dtype": dtype,
+        "shard_clips": shard_clips,
+        "max_broken_share": max_broken_share,
+        "workers": workers,
+        "device": device,
+    }
+    return context.obj.hand_over["latents"]([str(source), str(target), json.dumps(options)])
 
 
 @app.command()

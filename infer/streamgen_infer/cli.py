@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], interrupts: Interrupts) -> int:
     from streamgen_infer.app import run
 
-    return run(arguments, interrupts, {"train": _train, "distill": _distill, "convert": _convert})
+    return run(arguments, interrupts, {"train": _train, "distill": _distill, "convert": _convert, "latents": _latents})
 
 
 def _train(arguments: list[str]) -> int:
@@ -66,6 +66,12 @@ def _convert(arguments: list[str]) -> int:
     from streamgen_train.main import OBJECTIVES as TRAIN
 
     return run(arguments, {**TRAIN, **DISTILL})
+
+
+def _latents(arguments: list[str]) -> int:
+    from streamgen_train.videos.command import run
+
+    return run(arguments)
 
 
 def _need_hydra(command: str) -> None:

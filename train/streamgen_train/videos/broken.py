@@ -42,9 +42,7 @@ class Broken:
         """Note that a clip was decoded, or why it could not be; UserError if that is too much of those tried."""
         with self._lock:
             self._tried.add(name)
-            if reason is None:
-                return
-            if name not in self.reasons:
+            if reason is not None and name not in self.reasons:
                 self.reasons[name] = reason
                 self._log({name: reason})
                 print(f"skipping {name}: {reason}", file=sys.stderr)

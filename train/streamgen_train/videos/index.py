@@ -9,6 +9,7 @@ A tar shard is laid out as webdataset does it: members of one name, .mp4 and .tx
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import tarfile
@@ -194,11 +195,14 @@ def _read_table(path: Path) -> Table:
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]]:
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        for row in reader:
-            yield reader.line_num, dict(row)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in reader:
+                yield reader.line_num, dict(row)
+        except csv.Error as error:
+            raise UserError(f"{path}, after line {reader.line_num}: is no CSV ({error})") from error
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at marks inside a caption
         if not line.strip():
             continue
         try:

@@ -95,10 +95,10 @@ def bucket_turn(step: int, sizes: Sequence[int]) -> tuple[int, int]:
     return len(sizes) - 1, step
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)  # a memo: several buckets, each with an epoch that ends and one that begins
 def shuffled(seed: int, bucket: int, epoch: int, size: int) -> np.ndarray:
     """The items of a bucket in the order of an epoch: sorted by a random number that belongs to (epoch, item)."""
-    order = np.argsort(_words(seed, np.arange(size), epoch, bucket, SHUFFLE), kind="stable")
+    order = np.argsort(_words(seed, np.arange(size), epoch, bucket, SHUFFLE), kind="stable").astype(np.int32)
     order.flags.writeable = False
     return order
 

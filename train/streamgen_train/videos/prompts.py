@@ -26,7 +26,7 @@ class PromptSource:
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line, blank lines left out; of a .jsonl file the `prompt` of each line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a text file with one prompt per line, or a .jsonl") from None
     except (OSError, UnicodeDecodeError) as error:
