@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from streamgen.cache import BlockCache, KVCache
 from streamgen.codec import CodecState
@@ -87,6 +88,7 @@ def rollout_block(
     transition: str | None = None,
     exit_step: int | None = None,
     grad: bool = False,
+    checkpointed: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
     mark: Callable[[str], None] = lambda stage: None,
     emit: Callable[[Tensor], None] = lambda latents: None,
@@ -94,7 +96,8 @@ def rollout_block(
     """Make the next block -> its clean latents [B, F, C, H, W]; the state advances when all of it has succeeded.
 
     transition: of the block's prompt (`timeline.Cue.transition`); applied before the first pass.
-    exit_step: stop at this step and take its x0; with `grad`, autograd sees this step alone (Self-Forcing's training).
+    exit_step: stop at this step and take its x0; with `grad`, autograd sees this step alone (Self-Forcing's training),
+    and with `checkpointed` it keeps no activations of it: the pass is run again in the backward.
     cancelled: asked between passes; True raises Cancelled. mark: told "enter", "denoise" or "commit" after each stage.
     emit: gets the latents before the commit pass, so that frames need not wait for it; if it raises, nothing advanced.
     """
@@ -109,8 +112,10 @@ def rollout_block(
     for step in range(last + 1):
         _stop_if(cancelled, state)
         sigma = sampling.sigmas[step]
-        with torch.set_grad_enabled(grad and step == last):
-            x0 = to_x0(_run(model, x_t, sigma, text, block), x_t, sigma, sampling.prediction)
+        graded = grad and step == last
+        run = _run_checkpointed if graded and checkpointed else _run
+        with torch.set_grad_enabled(graded):
+            x0 = to_x0(run(model, x_t, sigma, text, block), x_t, sigma, sampling.prediction)
         mark("denoise")
         if step < last:
             following = sampling.sigmas[step + 1]
@@ -174,6 +179,15 @@ def _run(model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, bl
     """One pass at one noise level for all frames."""
     timestep = torch.full((x_t.shape[0], 1), timestep_of(sigma), device=x_t.device)
     return model(x_t, timestep, text, cache=block)
+
+
+def _run_checkpointed(
+    model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, block: BlockCache
+) -> Tensor:
+    """The same with activation checkpointing: what it saw of the cache is copied, for the cache moves on meanwhile."""
+    timestep = torch.full((x_t.shape[0], 1), timestep_of(sigma), device=x_t.device)
+    seen = block.snapshot()
+    return checkpoint(model, x_t, timestep, text, cache=seen, use_reentrant=False)
 
 
 def _stop_if(cancelled: Callable[[], bool], state: StreamState) -> None:

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from streamgen_train import main as train_main
 
-OBJECTIVES = {"cd": "streamgen_distill.cd", "ode": "streamgen_distill.ode"}
+OBJECTIVES = {
+    "cd": "streamgen_distill.cd",
+    "ode": "streamgen_distill.ode",
+    "self_forcing": "streamgen_distill.self_forcing",
+    "long": "streamgen_distill.long",
+}
 """objective.name -> module with a dataclass `Config` and `build(config: Config) -> Objective`."""
 
 

@@ -49,5 +49,5 @@ class CheckerReward:
 
 
 def reward_weight(reward_B: Tensor, beta: float) -> Tensor:
-    """exp(beta r) per clip (Reward Forcing, equation 9, with beta the inverse of the paper's): [B], 1 for beta = 0."""
+    """exp(beta r) per clip (Reward Forcing; its paper writes exp(r / beta)): [B], 1 for beta = 0."""
     return torch.exp(beta * reward_B)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from streamgen import flow
 from streamgen.errors import UserError
 from streamgen.transformer import CausalWanModel
-from streamgen_train.checkpoint import load_into
+from streamgen_train.checkpoint import load_into, run_folder
 from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.ar import Config as ArConfig
 from streamgen_train.objectives.video import Batch, build_text
@@ -107,7 +107,7 @@ def run_objective(path: Path) -> Mapping[str, Any] | None:
     """The objective's part of the resolved config of a run folder, or of a checkpoint in one; None without a config."""
     from omegaconf import OmegaConf
 
-    config_file = (path if path.is_dir() else path.parent.parent) / "config.yaml"
+    config_file = run_folder(path) / "config.yaml"
     if not config_file.is_file():
         return None
     settings = OmegaConf.to_container(OmegaConf.load(config_file), resolve=True)

@@ -275,6 +275,22 @@ class BlockCache:
         self.written.add(layer)
         return read_k[:, :, : self._stop], values[:, :, : self._stop]
 
+    def snapshot(self) -> FrozenContext:
+        """A copy of what the block sees of the past, for a pass that is run again in the backward (checkpointing).
+
+        By then the ring holds later frames, so reading it again would give wrong gradients.
+        """
+        cache, layers = self.cache, range(self.cache.spec.num_layers)
+        if not cache.policy.stores_rotated:
+            for layer in set(layers) - self._context_rotated:
+                self._rotate_context(layer)
+        past = [slots for slots, _ in self._context]
+        return FrozenContext(
+            self._rope,
+            [torch.cat([cache.read_k[layer][:, :, slots] for slots in past], 2) if past else None for layer in layers],
+            [torch.cat([cache.v[layer][:, :, slots] for slots in past], 2) if past else None for layer in layers],
+        )
+
     def _rotate_context(self, layer: int) -> None:
         """Rotate the context's keys into the scratch: once per block and layer, for all its passes."""
         cos, sin = self._context_rope
@@ -283,6 +299,27 @@ class BlockCache:
                 self.cache.k[layer][:, :, slots], cos[tokens], sin[tokens]
             )
         self._context_rotated.add(layer)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenContext:
+    """Keys (rotated) and values of a block's past, per layer; the model may pass over it any number of times."""
+
+    queries_rope: tuple[Tensor, Tensor]
+    k: list[Tensor | None]
+    v: list[Tensor | None]
+
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [T, K/2] of the block's own frames."""
+        return self.queries_rope
+
+    def append(self, layer: int, k_BNTK: Tensor, v_BNTK: Tensor) -> tuple[Tensor, Tensor]:
+        """What the block's queries attend to; nothing is kept."""
+        rotated = apply_rope(k_BNTK, *self.queries_rope)
+        past_k, past_v = self.k[layer], self.v[layer]
+        if past_k is None or past_v is None:
+            return rotated, v_BNTK
+        return torch.cat([past_k, rotated], 2), torch.cat([past_v, v_BNTK], 2)
 
 
 def _runs(slots: Sequence[int], tokens: int) -> list[tuple[slice, slice]]:

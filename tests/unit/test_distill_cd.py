@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,11 @@ def test_a_student_sees_only_what_its_teacher_was_trained_to_see(codec: Path, tm
         prepare(teacher, visibility={"clean": 0.5, "same_level": 0.5})
     with pytest.raises(UserError, match="has joint_blocks 2, its student 3"):
         prepare(teacher, **shares | {"joint_blocks": 3})
-    checkpoint = next((teacher / "checkpoints").glob("step_*.pt"))
+    checkpoint = next((teacher / "checkpoints").glob("step_*"))
     with pytest.raises(UserError, match="not for same_level"):
         prepare(checkpoint, visibility={"same_level": 1.0})
-    loose = tmp_path / "weights.pt"
-    loose.write_bytes(checkpoint.read_bytes())
+    loose = tmp_path / "loose" / "of" / "its" / "run"
+    shutil.copytree(checkpoint, loose)
     prepare(loose, visibility={"same_level": 1.0})  # nothing says what it was trained for
     with pytest.raises(UserError, match="is a bidirectional run; this student needs an autoregressive teacher"):
         prepare(trained("bidirectional"))

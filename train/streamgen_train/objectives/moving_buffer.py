@@ -1,4 +1,4 @@
-"""Flow matching on a moving buffer with mixed partitions (StreamDiT, arXiv 2507.03745, section 3).
+"""Flow matching on a moving buffer with mixed partitions (StreamDiT, arXiv 2507.03745).
 
 A buffer of blocks is cut into chunks. All blocks of a chunk have one noise level, and levels rise from the oldest chunk
 to the newest; the buffer moves by a chunk whenever the oldest is clean. With n chunks the uniform level of chunk j is

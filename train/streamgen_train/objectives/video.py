@@ -117,11 +117,19 @@ class VideoObjective(Objective):
         check_trainable(self.config.attention_backend, device)
         if not self._prepared:
             self._open()
+            self._prepared = True
         super().prepare(device, dtype)
         if self.codec is not None:
             self.codec.to(device, dtype)
 
     def _open(self) -> None:
+        """Read what the run needs from disk, once."""
+        self.open_data()
+        if self.config.init_from is not None:
+            load_into(Path(self.config.init_from), self.modules())
+
+    def open_data(self) -> None:
+        """Codec and data."""
         c = self.config
         if c.codec_from is not None:
             self.codec = load_codec(c.codec_from)
@@ -130,9 +138,6 @@ class VideoObjective(Objective):
             self.source = open_source(c.data)
             if isinstance(self.source, LatentSource) and c.codec_from is not None:
                 self.source.check_codec(c.codec_from)
-        if c.init_from is not None:
-            load_into(Path(c.init_from), self.modules())
-        self._prepared = True
 
     def compile(self, modules: Mapping[str, nn.Module]) -> None:
         modules["transformer"].compile(dynamic=False)

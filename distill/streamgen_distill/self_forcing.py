@@ -1,0 +1,415 @@
+"""Self-forcing: the student learns on streams of its own making (arXiv 2506.08009).
+
+A turn of the student rolls out streams as they are served, and a loss on their last blocks pulls them towards the
+teacher's distribution: DMD, SiD or an adversarial one. A turn of the critic, on other streams, keeps a score network
+(and a discriminator) up to date with what the student makes; it has several turns for each of the student's. One
+objective covers several published methods:
+
+    Self-Forcing            window_at end, short rollouts            (arXiv 2506.08009)
+    Self-Forcing++          window_at anywhere, rollouts far beyond the teacher's horizon  (arXiv 2510.02283)
+    Rolling Forcing         rolling_share above 0                    (arXiv 2509.25161)
+    Reward Forcing          reward                                   (arXiv 2512.04678)
+
+long.py adds LongLive's streaming long tuning. Letters: B clips, G blocks, F latent frames, C H W latent, L text rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from streamgen import flow
+from streamgen.cache import POLICIES
+from streamgen.embedded_text import EmbeddedText
+from streamgen.metrics.quick import quick_adherence
+from streamgen.pipeline import SchedulerConfig
+from streamgen.pixels import to_uint8
+from streamgen.rollout import StreamState
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.worlds.grammar import captions
+from streamgen_distill.dmd import dmd_gradient, dmd_loss
+from streamgen_distill.gan import (
+    Discriminator,
+    discriminator_loss,
+    features_of,
+    finite_difference_penalty,
+    generator_loss,
+)
+from streamgen_distill.rewards import CheckerReward, reward_weight
+from streamgen_distill.rollouts import Plan, draw_plan, new_state, self_rollout, step_plans
+from streamgen_distill.scores import Layout, draw_score_sigma, guided_x0, load_score
+from streamgen_distill.sid import sid_loss
+from streamgen_train.checkpoint import load_into
+from streamgen_train.data import pick_captions
+from streamgen_train.objective import Turn
+from streamgen_train.objectives import ar
+from streamgen_train.objectives.ar import ArObjective
+from streamgen_train.objectives.bidirectional import whole_clip_x0
+from streamgen_train.objectives.video import Batch
+from streamgen_train.pictures import pipeline_of
+from streamgen_train.videos.prompts import PromptSource
+
+STUDENT, CRITIC = "student", "critic"
+JUDGES = ("critic", "discriminator")
+
+
+@dataclass(kw_only=True)
+class Config(ar.Config):
+    teacher_from: str
+    """Run folder or checkpoint of the score teacher."""
+    critic_from: str | None = None
+    """Where the critic starts; the teacher by default, never the student."""
+    score_layout: Layout = "bidirectional"
+    objective_loss: Literal["dmd", "sid", "gan"] = "dmd"
+    train_steps: tuple[int, ...] = (4,)
+    """Step counts of the student, one drawn for each turn; the first is its default."""
+    guidance: float = 4.0
+    """Of the teacher: uncond + guidance (cond - uncond). The papers' g = 3 in cond + g (cond - uncond) is 4."""
+    rollout_clips: int = 8
+    """Streams in a microbatch."""
+    rollout_blocks: tuple[int, int] = (4, 4)
+    """Least and greatest number of blocks of a rollout."""
+    score_blocks: int = 4
+    """Blocks that are scored; what the teacher was trained on."""
+    window_at: Literal["end", "anywhere"] = "end"
+    rolling_share: float = 0.0
+    """Share of turns whose rollout is by a rolling window ..."""
+    rolling_steps: int = 4
+    """... of so many blocks and steps."""
+    critic_ratio: int = 5
+    """The student has every n-th step."""
+    score_shift: float = 5.0
+    """Noise levels of both scores are uniform u warped by this ..."""
+    score_sigmas: tuple[float, float] = (0.02, 0.98)
+    """... and clamped to these."""
+    follow_exit: bool = False
+    """Draw them between the exit step's level and the next one's instead (`ts_schedule`)."""
+    context_noise: float = 0.0
+    cache: str = "relative"
+    checkpoint_activations: bool = False
+    sid_alpha: float = 1.0
+    gan_weight: float = 1.0
+    gan_layers: tuple[int, ...] = ()
+    """Layers of the critic that the discriminator reads; () takes the middle one and the last."""
+    gan_penalty: float = 30.0
+    gan_sigma: float = 0.05
+    reward: Literal["checker"] | None = None
+    reward_beta: float = 2.0
+    text_drop: float = 0.0
+    word_drop: float = 0.0
+    validation_seconds: float = 15.0
+    sample_steps: int = field(init=False, default=4)
+
+    def __post_init__(self) -> None:
+        self.sample_steps = self.train_steps[0] if self.train_steps else 4
+        super().__post_init__()
+        low, high = self.rollout_blocks
+        checks = (
+            (self.init_from is None, "init_from is null; name the run that the student starts from"),
+            (not self.train_steps or min(self.train_steps) < 1, "train_steps must hold counts of at least 1"),
+            (not 1 <= low <= high, f"rollout_blocks is {[low, high]}; least and greatest, at least 1"),
+            (self.score_blocks < 1, f"score_blocks is {self.score_blocks}; it must be at least 1"),
+            (self.critic_ratio < 1, f"critic_ratio is {self.critic_ratio}; it must be at least 1"),
+            (self.cache not in POLICIES, f"cache is {self.cache!r}; allowed: {', '.join(POLICIES)}"),
+            (not 0 <= self.rolling_share <= 1, f"rolling_share is {self.rolling_share}; it must be in [0, 1]"),
+            (self.data is not None and self.data.prompts is None, "data must be prompts (or null: the sprites world)"),
+            (
+                self.data is not None and (self.objective_loss == "gan" or self.reward is not None),
+                "a GAN loss and a reward need the sprites world: leave data null",
+            ),
+            (
+                max(self.gan_layers, default=0) >= self.model.num_layers or min(self.gan_layers, default=0) < 0,
+                f"gan_layers is {list(self.gan_layers)}; the model has layers 0 to {self.model.num_layers - 1}",
+            ),
+        )
+        for wrong, message in checks:
+            if wrong:
+                raise ValueError(message)
+        if self.rolling_share > 0:
+            held = self.sink_frames + self.rolling_steps * self.geometry.block_frames
+            if held > self.window_frames:
+                raise ValueError(
+                    f"a rolling window of {self.rolling_steps} blocks and the sink are {held} latent frames; "
+                    f"window_frames is {self.window_frames}: raise it, or lower rolling_steps"
+                )
+
+
+@dataclass(slots=True)
+class Streams:
+    """What a rollout is made of: prompts of each block and seeds; everything else is in the plan."""
+
+    plan: Plan
+    ids_BGL: Tensor
+    seeds: tuple[int, ...]
+    transitions: dict[int, str]
+    captions: list[str]
+    """Of the last block, for the reward."""
+    real: Batch | None
+    """Clips of the world, for a GAN."""
+
+
+class SelfForcing(ArObjective):
+    """Student and critic over one rollout interface."""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.clips_per_batch = config.rollout_clips
+        self.text.requires_grad_(False)
+        self.critic = CausalWanModel(config.model, attention_backend=config.attention_backend)
+        self.teacher: CausalWanModel | None = None
+        c, prediction = config, config.model.prediction
+        self.plans = step_plans(c.train_steps, c.sample_shift, prediction, c.context_noise)
+        self.rolling_plan = step_plans((c.rolling_steps,), c.sample_shift, prediction, c.context_noise)[0]
+        self.discriminator: Discriminator | None = None
+        if c.objective_loss == "gan":
+            layers = c.gan_layers or (c.model.num_layers // 2, c.model.num_layers - 1)
+            self.discriminator = Discriminator(c.model.dim, c.model.num_heads, layers)
+
+    # -- who learns -----------------------------------------------------------------------------
+
+    def modules(self) -> dict[str, nn.Module]:
+        own: dict[str, nn.Module] = {"transformer": self.model, "text": self.text, "critic": self.critic}
+        return own if self.discriminator is None else {**own, "discriminator": self.discriminator}
+
+    def players(self) -> dict[str, tuple[str, ...]]:
+        return {STUDENT: ("transformer",), CRITIC: tuple(name for name in self.modules() if name in JUDGES)}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return (STUDENT, CRITIC) if step % self.config.critic_ratio == 0 else (CRITIC,)
+
+    def _open(self) -> None:
+        c = self.config
+        self.open_data()
+        assert c.init_from is not None
+        load_into(Path(c.init_from), {"transformer": self.model, "text": self.text})
+        self.teacher = load_score(c.teacher_from, c.score_layout, c.model, c.attention_backend)
+        self.teacher.eval().requires_grad_(False)
+        critic = load_score(c.critic_from or c.teacher_from, c.score_layout, c.model, c.attention_backend)
+        self.critic.load_state_dict(critic.state_dict())
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().prepare(device, dtype)
+        assert self.teacher is not None
+        for module in (self.teacher, self.text):
+            module.to(device, dtype)
+
+    def compile(self, modules: Mapping[str, nn.Module]) -> None:
+        """The scores run at few shapes and gain from it; a rollout's shapes change until its window is full."""
+        modules["critic"].compile(dynamic=False)
+        if self.teacher is not None and modules["critic"] is self.critic:
+            self.teacher.compile(dynamic=False)
+
+    # -- streams --------------------------------------------------------------------------------
+
+    def batch(self, turn: Turn) -> Streams:  # type: ignore[override] # streams are made, not read
+        c = self.config
+        plan = draw_plan(
+            turn.shared,
+            plans=self.plans,
+            rollout_blocks=c.rollout_blocks,
+            window_blocks=c.score_blocks,
+            window_at=c.window_at,
+            rolling_share=c.rolling_share,
+            rolling_plan=self.rolling_plan,
+        )
+        before, after = self.draw_prompts(turn), self.draw_prompts(turn)
+        switched = bool(torch.rand((), generator=turn.shared) < c.switch_share) and plan.blocks > 1 and not plan.rolling
+        at = int(torch.randint(1, plan.blocks, (), generator=turn.shared)) if switched else plan.blocks
+        ids = torch.stack([self.text.ids(before if block < at else after) for block in range(plan.blocks)], 1)
+        seeds = tuple(torch.randint(2**62, (c.rollout_clips,), generator=turn.rng).tolist())
+        real = None
+        if self.discriminator is not None:
+            real = self.make_batch("story", c.rollout_clips, turn.rng)
+        transitions = {at: "recache"} if switched else {}
+        return Streams(plan, ids.to(self.device), seeds, transitions, after if switched else before, real)
+
+    def draw_prompts(self, turn: Turn) -> list[str]:
+        """One prompt per stream; of the world, its training captions."""
+        if isinstance(self.source, PromptSource):
+            return self.source.batch(turn.step, turn.micro, self.config.rollout_clips)
+        if isinstance(self.text, EmbeddedText):
+            picks = torch.randint(len(self.text.prompts), (self.config.rollout_clips,), generator=turn.rng)
+            return [self.text.prompts[i] for i in picks.tolist()]
+        return [c.text for c in pick_captions(self.config.rollout_clips, turn.rng, part=self.config.world)]
+
+    def new_state(self, seeds: tuple[int, ...]) -> StreamState:
+        c = self.config
+        return new_state(
+            self.model,
+            c.geometry,
+            seeds,
+            window_frames=c.window_frames,
+            sink_frames=c.sink_frames,
+            policy=c.cache,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def contexts(self, ids_BGL: Tensor, grad: bool) -> list[TextContext]:
+        """The student's text keys and values of each block; equal neighbours share one."""
+        out: list[TextContext] = []
+        with torch.set_grad_enabled(grad):
+            for block, ids_BL in enumerate(ids_BGL.unbind(1)):
+                if block and torch.equal(ids_BL, ids_BGL[:, block - 1]):
+                    out.append(out[-1])
+                else:
+                    out.append(self.model.encode_text(self.text.encode_ids(ids_BL[:, None])))
+        return out
+
+    def make(self, streams: Streams, grad: bool) -> tuple[Tensor, Tensor]:
+        """A rollout -> (its window's x0 [B, F, C, H, W] float32, prompts of the window's blocks)."""
+        texts = self.contexts(streams.ids_BGL, grad)
+        rollout = self_rollout(
+            self.model,
+            self.new_state(streams.seeds),
+            texts.__getitem__,
+            streams.plan,
+            grad=grad,
+            checkpointed=self.config.checkpoint_activations,
+            transitions=streams.transitions,
+        )
+        return rollout.latents_BFCHW.float(), streams.ids_BGL[:, streams.plan.first :]
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def score(
+        self, model: nn.Module, clip: Tensor, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor, scale: float
+    ) -> Tensor:
+        """A score network's x0 of a noised window, [B, F, C, H, W] float32."""
+        modules = {"transformer": model, "text": self.text}
+        sigma_BF = sigma_B1.expand(-1, x_t.shape[1])
+        if self.config.score_layout == "bidirectional":
+            return guided_x0(whole_clip_x0, modules, x_t, sigma_BF, ids_BGL, scale)
+
+        def after_own_past(modules: Mapping[str, nn.Module], x_t: Tensor, sigma_BF: Tensor, ids: Tensor) -> Tensor:
+            ones = torch.ones(ids.shape[:2], device=ids.device)
+            batch = Batch(clip.detach(), ids, ids_BGL, ones, "story")
+            return self.predict_x0(modules, batch, x_t, sigma_BF)
+
+        return guided_x0(after_own_past, modules, x_t, sigma_BF, ids_BGL, scale)
+
+    def noised(self, clip: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """(x_t, sigma [B, 1]) of a window at the scores' noise levels."""
+        c, levels = self.config, (*plan.sampling.sigmas, 0.0)
+        between = (levels[plan.exit_step + 1], levels[plan.exit_step]) if c.follow_exit else None
+        sigma_B1 = draw_score_sigma(len(clip), c.score_shift, *c.score_sigmas, between, clip.device)
+        return flow.add_noise(clip, torch.randn_like(clip), sigma_B1.expand(-1, clip.shape[1])), sigma_B1
+
+    # -- losses ---------------------------------------------------------------------------------
+
+    def loss(  # type: ignore[override] # of streams
+        self, batch: Streams, turn: Turn, ema: Mapping[str, nn.Module] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if turn.player == STUDENT:
+            clip, ids_BGL = self.make(batch, grad=True)
+            return self.student_loss(batch, clip, ids_BGL, torch.ones(clip.shape[:2], device=clip.device))
+        with torch.no_grad():
+            clip, ids_BGL = self.make(batch, grad=False)
+        return self.critic_loss(batch, clip, ids_BGL)
+
+    def student_loss(
+        self, streams: Streams, clip: Tensor, ids_BGL: Tensor, scored_BF: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pull a window (with its graph) towards the teacher."""
+        c = self.config
+        assert self.teacher is not None
+        with torch.set_grad_enabled(c.objective_loss != "dmd"):
+            x_t, sigma_B1 = self.noised(clip, streams.plan)
+        if c.objective_loss == "gan":
+            return self.adversarial(streams, x_t, sigma_B1, ids_BGL)
+        with torch.set_grad_enabled(c.objective_loss == "sid"):
+            real = self.score(self.teacher, clip, x_t, sigma_B1, ids_BGL, c.guidance)
+            fake = self.score(self.critic, clip, x_t, sigma_B1, ids_BGL, 1.0)
+        metrics = {"score_gap": dmd_gradient(clip, real, fake).abs().mean().float()}
+        if c.objective_loss == "sid":
+            return sid_loss(clip, real, fake, alpha=c.sid_alpha, scored_BF=scored_BF).float(), metrics
+        weight_B = None
+        if c.reward is not None:
+            reward_B = self.reward(clip, streams.captions)
+            metrics["reward"] = reward_B.mean()
+            weight_B = reward_weight(reward_B, c.reward_beta).to(clip.device)
+        return dmd_loss(clip, real, fake, weight_B=weight_B, scored_BF=scored_BF).float(), metrics
+
+    @torch.no_grad()
+    def reward(self, clip: Tensor, texts: list[str]) -> Tensor:
+        """The reward of each decoded window [B]."""
+        assert self.codec is not None
+        frames = to_uint8(self.codec.decode(clip.to(self.dtype)).float()).cpu()
+        return CheckerReward(fps=self.config.geometry.fps)(frames, texts)
+
+    def critic_loss(self, streams: Streams, clip: Tensor, ids_BGL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow matching on the student's own clips; with a GAN the discriminator's loss besides."""
+        c = self.config
+        x_t, sigma_B1 = self.noised(clip, streams.plan)
+        error_B = (self.score(self.critic, clip, x_t, sigma_B1, ids_BGL, 1.0) - clip).square().mean((1, 2, 3, 4))
+        loss = (flow.bounded_flow_weight(sigma_B1[:, 0], c.sigma_floor) * error_B).mean()
+        metrics = {"mse": error_B.detach().mean()}
+        if self.discriminator is None:
+            return loss, metrics
+        fake_B, real_B, real_t = self.logits(streams, x_t, sigma_B1, ids_BGL)
+        penalty = torch.zeros((), device=loss.device)
+        assert streams.real is not None
+        if c.gan_penalty > 0:
+            for noisy, ids, logits_B in ((real_t, streams.real.ids_BGL, real_B), (x_t, ids_BGL, fake_B)):
+                judge = partial(self.discriminate, sigma_B1=sigma_B1, ids_BGL=ids)
+                penalty = penalty + finite_difference_penalty(judge, noisy, logits_B, c.gan_sigma)
+        adversarial = discriminator_loss(real_B, fake_B)
+        metrics |= {"gan": adversarial.detach(), "penalty": penalty.detach()}
+        return loss + c.gan_weight * (adversarial + c.gan_penalty * penalty), metrics
+
+    def adversarial(
+        self, streams: Streams, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        fake_B, real_B, _ = self.logits(streams, x_t, sigma_B1, ids_BGL)
+        loss = generator_loss(real_B, fake_B)
+        return loss, {"logit_gap": (real_B - fake_B).detach().mean()}
+
+    def logits(self, streams: Streams, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(of the student's window, of real clips at the same levels, the noised real clips)."""
+        assert streams.real is not None
+        real = streams.real.x0_BFCHW[:, : x_t.shape[1]]
+        real_t = flow.add_noise(real, torch.randn_like(real), sigma_B1.expand(-1, real.shape[1]))
+        ids = streams.real.ids_BGL[:, : ids_BGL.shape[1]]
+        return self.discriminate(x_t, sigma_B1, ids_BGL), self.discriminate(real_t, sigma_B1, ids), real_t
+
+    def discriminate(self, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor) -> Tensor:
+        """Logits [B] of noised windows."""
+        assert self.discriminator is not None
+        with features_of(self.critic, self.discriminator.layers) as features:
+            whole_clip_x0(
+                {"transformer": self.critic, "text": self.text}, x_t, sigma_B1.expand(-1, x_t.shape[1]), ids_BGL
+            )
+        return self.discriminator(features)
+
+    # -- what a person looks at -----------------------------------------------------------------
+
+    def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Adherence of streams of held-out captions, in their first and in their last 5 seconds."""
+        c = self.config
+        if self.codec is None or isinstance(self.text, EmbeddedText):
+            return {}
+        held_out = captions("heldout", c.world)
+        rng = torch.Generator().manual_seed(3)
+        items = [held_out[i] for i in torch.randint(len(held_out), (c.validation_clips,), generator=rng).tolist()]
+        pipe = pipeline_of(modules, self.codec, c.geometry, self.scheduler())
+        found = quick_adherence(pipe, items, range(len(items)), seconds=c.validation_seconds, segments=False)
+        return {
+            f"{name}_{where}": found[where][name]
+            for where in ("first", "last")
+            for name in ("obeys", "color", "shape", "motion", "presence")
+        }
+
+    def scheduler(self) -> SchedulerConfig:
+        return self.card_scheduler(self.config.train_steps, "renoise")
+
+
+def build(config: Config) -> SelfForcing:
+    return SelfForcing(config)
