@@ -10,7 +10,7 @@ from streamgen_train.logs import read_jsonl
 from streamgen_train.objective import Turn
 
 GOLDEN = Path(__file__).parent / "golden"
-TIMES = ("step_s", "clips_per_s", "elapsed_s")
+TIMES = ("step_s", "clips_per_s", "steps_per_s", "elapsed_s")
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -19,7 +19,8 @@ def losses(run_dir: Path) -> list[float]:
 
 def curve(run_dir: Path) -> list[dict[str, float]]:
     """Everything logged but the times."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_jsonl(run_dir / "log.jsonl")]
+    rows = read_jsonl(run_dir / "log.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("share_")} for row in rows]
 
 
 def assert_equal_states(a: object, b: object, path: str = "") -> None:
@@ -30,6 +31,10 @@ def assert_equal_states(a: object, b: object, path: str = "") -> None:
         for key in a:
             if key not in TIMES:
                 assert_equal_states(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        assert len(a) == len(b), path
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(*pair, f"{path}[{index}]")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         assert torch.equal(a, b), path
     else:

@@ -82,7 +82,7 @@ def train_config(**changes: Any) -> TrainConfig:
         "sample_every": 0,
         "optim": OptimConfig(lr=3e-3),
         "schedule": ScheduleConfig(warmup_steps=2),
-        "log": LogConfig(every=1),
+        "log": LogConfig(every=1, curves=False),
         "checkpoint": CheckpointConfig(every=3),
     }
     return TrainConfig(**(values | changes))

@@ -65,6 +65,101 @@ class ToyObjective(Objective):
         return {"grey": np.full((4, 6, 3), 128, np.uint8)}
 
 
+class ToyGame(ToyObjective):
+    """Two players: a critic learns what the model's error is, at every step; the model learns at every third."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.critic = nn.Linear(12, 4)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {**super().modules(), "critic": self.critic}
+
+    def players(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("net", "head"), "critic": ("critic",)}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return ("model", "critic") if step % 3 == 0 else ("critic",)
+
+    def loss(self, batch: Tensor, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        error = self.predict(self.modules(), batch).float() - batch[:, :4].float().sin()
+        told = self.critic(batch).float()
+        loss = (
+            error.square().mean() + 0.1 * (error * told).mean() if turn.player == "model" else (told - error).square()
+        )
+        return loss.mean(), {"told": told.detach().mean()}
+
+
+class Tower(nn.Module):
+    """Blocks, and something around them: what FSDP puts in shards. Seven rows do not divide by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 7)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(7, 7), nn.ReLU()) for _ in range(2)])
+        self.norm = nn.LayerNorm(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.norm(x)
+
+
+class ToyTowers(ToyGame):
+    """The game with a tower for the model and one for the critic, through which the model's gradient goes; the head is
+    whole in every process. Streams of numbers live on, one for each microbatch.
+    """
+
+    needs_ema = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.critic_tower, self.top = Tower(), Tower(), nn.Linear(7, 4)
+        self.streams: dict[int, Tensor] = {}
+        self.exits: list[int] = []
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"tower": self.tower, "head": self.top, "critic": self.critic_tower}
+
+    def players(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("tower", "head"), "critic": ("critic",)}
+
+    def batch(self, turn: Turn) -> Tensor:
+        before = self.streams.get(turn.micro, torch.zeros(12))
+        self.streams[turn.micro] = 0.5 * before + torch.randn(12, generator=turn.rng)
+        self.exits.append(int(torch.randint(1000, (), generator=turn.shared)))
+        return super().batch(turn) + 0.1 * self.streams[turn.micro].to(self.device, self.dtype)
+
+    def predict(self, modules: Mapping[str, nn.Module], x: Tensor) -> Tensor:
+        return modules["head"](modules["tower"](x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the critic's last block says; the output of the tower, and its norm, are not used."""
+        found: list[Tensor] = []
+        hook = self.critic_tower.blocks[-1].register_forward_hook(lambda module, given, output: found.append(output))
+        self.critic_tower(x)
+        hook.remove()
+        return found[0]
+
+    def loss(self, batch: Tensor, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        assert ema is not None
+        out = self.predict(self.modules(), batch + 0.1 * torch.randn_like(batch)).float()
+        told = self.features(torch.cat([out.to(batch.dtype)] * 3, 1)).float()[:, :4]
+        with torch.no_grad():
+            average = self.predict(ema, batch).float()
+        error = out - batch[:, :4].float().sin() + 0.1 * (out - average)
+        if turn.player == "model":
+            return (error.square() + 0.1 * told).mean(), {"told": told.detach().mean()}
+        return (told - error.detach()).square().mean(), {f"micro_{turn.micro}": told.detach().mean()}
+
+    def state_dict(self) -> dict[Any, Any]:
+        return {**self.streams, "kind": "streams"}
+
+    def load_state_dict(self, state: Mapping[Any, Any]) -> None:
+        self.streams = {key: value for key, value in state.items() if isinstance(key, int)}
+
+
 def toy_config(**changes: Any) -> TrainConfig:
     """A row of the log at every step, a checkpoint at every fifth."""
     values: dict[str, Any] = {
@@ -74,7 +169,7 @@ def toy_config(**changes: Any) -> TrainConfig:
         "optim": OptimConfig(kind="muon", newton_schulz="fp32"),
         "schedule": ScheduleConfig(warmup_steps=5, decay_steps=10),
         "ema": EmaConfig(decay=0.9),
-        "log": LogConfig(every=1),
+        "log": LogConfig(every=1, curves=False),
         "checkpoint": CheckpointConfig(every=5, best="error"),
     }
     return TrainConfig(**(values | changes))
@@ -83,6 +178,11 @@ def toy_config(**changes: Any) -> TrainConfig:
 def build(config: Config) -> ToyObjective:
     """The door of an objective's module."""
     return ToyObjective(config.width)
+
+
+def build_towers(seed: int = 0) -> ToyTowers:
+    torch.manual_seed(seed)
+    return ToyTowers()
 
 
 def build_toy(seed: int = 0) -> ToyObjective:

@@ -42,8 +42,10 @@ class Config(self_forcing.Config):
             )
         if self.stream_blocks < self.score_blocks:
             raise ValueError(f"stream_blocks is {self.stream_blocks}, less than score_blocks ({self.score_blocks})")
-        if self.rolling_share > 0 or self.objective_loss == "gan":
-            raise ValueError("long tuning continues streams block by block, with loss dmd or sid: set rolling_share=0")
+        if self.rolling_share > 0 or self.objective_loss == "gan" or self.student_input == "data":
+            raise ValueError(
+                "long tuning continues streams block by block: rolling_share=0, student_input=self, loss dmd or sid"
+            )
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class LongTuning(SelfForcing):
         ids = torch.stack([self.text.ids(living.prompts(block)) for block in shown], 1).to(self.device)
         at = living.switch_block - start
         transitions = {at: "recache"} if 0 <= at < new and start + at > 0 else {}
-        return Streams(plan, ids, living.state.seeds, transitions, living.prompts(start + new - 1), None)
+        return Streams(plan, ids, living.state.seeds, transitions, living.prompts(start + new - 1))
 
     def living(self, turn: Turn) -> Living:
         """The streams of this microbatch; new ones where there are none, or where they have come to their end."""

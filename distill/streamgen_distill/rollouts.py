@@ -23,6 +23,7 @@ from streamgen.geometry import VideoGeometry
 from streamgen.rolling import RollingWindow, roll
 from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.transformer import CausalWanModel, TextContext
+from streamgen_train.timing import timed
 
 TextOfBlock = Callable[[int], TextContext]
 
@@ -116,6 +117,7 @@ class Rollout:
         return torch.cat(self.blocks, 1)
 
 
+@timed("rollout")
 def self_rollout(
     model: CausalWanModel,
     state: StreamState,

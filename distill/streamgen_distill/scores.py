@@ -23,18 +23,18 @@ from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen_distill.teacher import run_objective
 from streamgen_train.checkpoint import check_fits, load_modules
 
-Layout = Literal["bidirectional", "causal"]
+ScoreLayout = Literal["bidirectional", "causal"]
 TEACHERS: dict[str, tuple[str, ...]] = {
     "bidirectional": ("bidirectional", "moving_buffer"),
     "causal": ("ar", "df", "cd", "ode", "self_forcing", "long"),
 }
-"""Layout -> objectives whose runs can be scores of that layout."""
+"""ScoreLayout -> objectives whose runs can be scores of that layout."""
 
 Predict = Callable[[Mapping[str, nn.Module], Tensor, Tensor, Tensor], Tensor]
 """(modules, x_t, sigma_BF, ids_BGL) -> x0."""
 
 
-def load_score(path: str, layout: Layout, config: TransformerConfig, attention_backend: str) -> CausalWanModel:
+def load_score(path: str, layout: ScoreLayout, config: TransformerConfig, attention_backend: str) -> CausalWanModel:
     """The averaged transformer of a run as a score network; UserError for a run of another kind or shape."""
     found = run_objective(Path(path))
     if found is not None and found.get("name") not in TEACHERS[layout]:

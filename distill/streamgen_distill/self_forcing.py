@@ -9,6 +9,7 @@ objective covers several published methods:
     Self-Forcing++          window_at anywhere, rollouts far beyond the teacher's horizon  (arXiv 2510.02283)
     Rolling Forcing         rolling_share above 0                    (arXiv 2509.25161)
     Reward Forcing          reward                                   (arXiv 2512.04678)
+    CausVid                 student_input data: one pass over noised clips instead of a rollout (arXiv 2412.07772)
 
 long.py adds LongLive's streaming long tuning. Letters: B clips, G blocks, F latent frames, C H W latent, L text rows.
 """
@@ -16,7 +17,7 @@ long.py adds LongLive's streaming long tuning. Letters: B clips, G blocks, F lat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
+from streamgen.attention import Layout
 from streamgen.cache import POLICIES
+from streamgen.costs import RECOMPUTED, TRAINED, Work, activation_bytes, cache_bytes, parameters
 from streamgen.embedded_text import EmbeddedText
 from streamgen.metrics.quick import quick_adherence
 from streamgen.pipeline import SchedulerConfig
 from streamgen.pixels import to_uint8
 from streamgen.rollout import StreamState
-from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.worlds.grammar import captions
 from streamgen_distill.dmd import dmd_gradient, dmd_loss
 from streamgen_distill.gan import (
@@ -43,7 +46,7 @@ from streamgen_distill.gan import (
 )
 from streamgen_distill.rewards import CheckerReward, reward_weight
 from streamgen_distill.rollouts import Plan, draw_plan, new_state, self_rollout, step_plans
-from streamgen_distill.scores import Layout, draw_score_sigma, guided_x0, load_score
+from streamgen_distill.scores import ScoreLayout, draw_score_sigma, guided_x0, load_score
 from streamgen_distill.sid import sid_loss
 from streamgen_train.checkpoint import load_into
 from streamgen_train.data import pick_captions
@@ -52,7 +55,9 @@ from streamgen_train.objectives import ar
 from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.bidirectional import whole_clip_x0
 from streamgen_train.objectives.video import Batch
+from streamgen_train.objectives.views import ALONE
 from streamgen_train.pictures import pipeline_of
+from streamgen_train.timing import timed
 from streamgen_train.videos.prompts import PromptSource
 
 STUDENT, CRITIC = "student", "critic"
@@ -65,7 +70,13 @@ class Config(ar.Config):
     """Run folder or checkpoint of the score teacher."""
     critic_from: str | None = None
     """Where the critic starts; the teacher by default, never the student."""
-    score_layout: Layout = "bidirectional"
+    teacher_model: TransformerConfig | None = None
+    """Sizes of the teacher if they are not the student's; the critic, which starts from critic_from, has the student's.
+    """
+    score_layout: ScoreLayout = "bidirectional"
+    student_input: Literal["self", "data"] = "self"
+    """data: the student denoises noised clips in one pass, each block at a level of its steps and in the context of the
+    noisy ones before it, and no stream is made."""
     objective_loss: Literal["dmd", "sid", "gan"] = "dmd"
     train_steps: tuple[int, ...] = (4,)
     """Step counts of the student, one drawn for each turn; the first is its default."""
@@ -118,10 +129,21 @@ class Config(ar.Config):
             (self.critic_ratio < 1, f"critic_ratio is {self.critic_ratio}; it must be at least 1"),
             (self.cache not in POLICIES, f"cache is {self.cache!r}; allowed: {', '.join(POLICIES)}"),
             (not 0 <= self.rolling_share <= 1, f"rolling_share is {self.rolling_share}; it must be in [0, 1]"),
-            (self.data is not None and self.data.prompts is None, "data must be prompts (or null: the sprites world)"),
+            (
+                self.student_input == "self" and self.data is not None and self.data.prompts is None,
+                "data must be prompts (or null: the sprites world); streams are made, not read",
+            ),
+            (
+                self.teacher_model is not None and self.teacher_model != self.model and self.critic_from is None,
+                "critic_from is null, but the teacher has other sizes than the critic: name the critic's start",
+            ),
             (
                 self.data is not None and (self.objective_loss == "gan" or self.reward is not None),
                 "a GAN loss and a reward need the sprites world: leave data null",
+            ),
+            (
+                self.objective_loss == "gan" and self.clip_blocks < min(self.score_blocks, high),
+                f"clip_blocks is {self.clip_blocks}; real clips for a GAN must be as long as the scored window",
             ),
             (
                 max(self.gan_layers, default=0) >= self.model.num_layers or min(self.gan_layers, default=0) < 0,
@@ -150,8 +172,10 @@ class Streams:
     transitions: dict[int, str]
     captions: list[str]
     """Of the last block, for the reward."""
-    real: Batch | None
-    """Clips of the world, for a GAN."""
+    given: Batch | None = None
+    """Clips to denoise instead of a rollout (student_input data)."""
+    real: tuple[Tensor, Tensor] | None = None
+    """Clips of the world as long as the window and their prompts [B, G, L], for a GAN."""
 
 
 class SelfForcing(ArObjective):
@@ -190,7 +214,8 @@ class SelfForcing(ArObjective):
         self.open_data()
         assert c.init_from is not None
         load_into(Path(c.init_from), {"transformer": self.model, "text": self.text})
-        self.teacher = load_score(c.teacher_from, c.score_layout, c.model, c.attention_backend)
+        sizes = c.teacher_model or c.model
+        self.teacher = load_score(c.teacher_from, c.score_layout, sizes, c.attention_backend)
         self.teacher.eval().requires_grad_(False)
         critic = load_score(c.critic_from or c.teacher_from, c.score_layout, c.model, c.attention_backend)
         self.critic.load_state_dict(critic.state_dict())
@@ -220,6 +245,11 @@ class SelfForcing(ArObjective):
             rolling_share=c.rolling_share,
             rolling_plan=self.rolling_plan,
         )
+        if c.student_input == "data":
+            given = super().batch(turn)
+            blocks = given.ids_BGL.shape[1]
+            whole = Plan(sampling=plan.sampling, exit_step=plan.exit_step, blocks=blocks, first=0)
+            return Streams(whole, given.ids_BGL, (), {}, [], given=given)
         before, after = self.draw_prompts(turn), self.draw_prompts(turn)
         switched = bool(torch.rand((), generator=turn.shared) < c.switch_share) and plan.blocks > 1 and not plan.rolling
         at = int(torch.randint(1, plan.blocks, (), generator=turn.shared)) if switched else plan.blocks
@@ -227,9 +257,10 @@ class SelfForcing(ArObjective):
         seeds = tuple(torch.randint(2**62, (c.rollout_clips,), generator=turn.rng).tolist())
         real = None
         if self.discriminator is not None:
-            real = self.make_batch("story", c.rollout_clips, turn.rng)
+            clips, blocks = self.make_batch("story", c.rollout_clips, turn.rng), plan.blocks - plan.first
+            real = clips.x0_BFCHW[:, : c.geometry.block_start(blocks)], clips.ids_BGL[:, :blocks]
         transitions = {at: "recache"} if switched else {}
-        return Streams(plan, ids.to(self.device), seeds, transitions, after if switched else before, real)
+        return Streams(plan, ids.to(self.device), seeds, transitions, after if switched else before, real=real)
 
     def draw_prompts(self, turn: Turn) -> list[str]:
         """One prompt per stream; of the world, its training captions."""
@@ -266,6 +297,8 @@ class SelfForcing(ArObjective):
 
     def make(self, streams: Streams, grad: bool) -> tuple[Tensor, Tensor]:
         """A rollout -> (its window's x0 [B, F, C, H, W] float32, prompts of the window's blocks)."""
+        if streams.given is not None:
+            return self.denoised(streams.given, streams.plan), streams.ids_BGL
         texts = self.contexts(streams.ids_BGL, grad)
         rollout = self_rollout(
             self.model,
@@ -278,8 +311,17 @@ class SelfForcing(ArObjective):
         )
         return rollout.latents_BFCHW.float(), streams.ids_BGL[:, streams.plan.first :]
 
+    def denoised(self, given: Batch, plan: Plan) -> Tensor:
+        """One pass over noised clips: each block at one of the student's levels, after the noisy blocks before it."""
+        levels = torch.tensor(plan.sampling.sigmas, device=given.x0_BFCHW.device)
+        sigma_BF = self.per_frame(levels[torch.randint(len(levels), given.scored_BG.shape, device=levels.device)])
+        x_t = flow.add_noise(given.x0_BFCHW, torch.randn_like(given.x0_BFCHW), sigma_BF)
+        student = {"transformer": self.model, "text": self.text}
+        return self.predict_x0(student, replace(given, view=ALONE), x_t, sigma_BF)
+
     # -- scores ---------------------------------------------------------------------------------
 
+    @timed("score")
     def score(
         self, model: nn.Module, clip: Tensor, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor, scale: float
     ) -> Tensor:
@@ -358,7 +400,7 @@ class SelfForcing(ArObjective):
         penalty = torch.zeros((), device=loss.device)
         assert streams.real is not None
         if c.gan_penalty > 0:
-            for noisy, ids, logits_B in ((real_t, streams.real.ids_BGL, real_B), (x_t, ids_BGL, fake_B)):
+            for noisy, ids, logits_B in ((real_t, streams.real[1], real_B), (x_t, ids_BGL, fake_B)):
                 judge = partial(self.discriminate, sigma_B1=sigma_B1, ids_BGL=ids)
                 penalty = penalty + finite_difference_penalty(judge, noisy, logits_B, c.gan_sigma)
         adversarial = discriminator_loss(real_B, fake_B)
@@ -375,19 +417,65 @@ class SelfForcing(ArObjective):
     def logits(self, streams: Streams, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(of the student's window, of real clips at the same levels, the noised real clips)."""
         assert streams.real is not None
-        real = streams.real.x0_BFCHW[:, : x_t.shape[1]]
+        real, ids = streams.real
         real_t = flow.add_noise(real, torch.randn_like(real), sigma_B1.expand(-1, real.shape[1]))
-        ids = streams.real.ids_BGL[:, : ids_BGL.shape[1]]
         return self.discriminate(x_t, sigma_B1, ids_BGL), self.discriminate(real_t, sigma_B1, ids), real_t
 
     def discriminate(self, x_t: Tensor, sigma_B1: Tensor, ids_BGL: Tensor) -> Tensor:
-        """Logits [B] of noised windows."""
+        """Logits [B] of noised windows, each looked at as a whole, whatever the score's layout."""
         assert self.discriminator is not None
         with features_of(self.critic, self.discriminator.layers) as features:
             whole_clip_x0(
                 {"transformer": self.critic, "text": self.text}, x_t, sigma_B1.expand(-1, x_t.shape[1]), ids_BGL
             )
         return self.discriminator(features)
+
+    # -- what a step costs ----------------------------------------------------------------------
+
+    def frozen_parameters(self) -> dict[str, int]:
+        return {"teacher": parameters(self.config.teacher_model or self.config.model)}
+
+    def work(self) -> list[tuple[TransformerConfig, Work]]:
+        """Means over exit steps, step counts and rollout lengths; the student has one step in critic_ratio."""
+        c, g = self.config, self.config.geometry
+        clips, student = c.rollout_clips, 1 / c.critic_ratio
+        blocks = sum(c.rollout_blocks) / 2
+        window = min(c.score_blocks, blocks)
+        made = blocks if c.window_at == "end" else window + (blocks - window) / 2
+        passes = sum((count + 1) / 2 + 1 for count in c.train_steps) / len(c.train_steps)  # to the exit, and the commit
+        visible = min(c.window_frames, (made * g.block_frames + g.block_frames) / 2)
+        tokens = g.block_frames * g.tokens_per_frame
+        pairs = int(tokens * visible * g.tokens_per_frame)
+        graded = RECOMPUTED if c.checkpoint_activations else TRAINED
+        score = 1 if c.guidance == 1.0 else 2
+
+        def scored(what: str, count: float, factor: float) -> Work:
+            return self.clip_work(what, count, round(window), self.score_work_layout(round(window)), factor)
+
+        rollout = Work(what="rollouts", passes=clips * made * passes * (1 + student), tokens=tokens, pairs=pairs)
+        gradient = Work(
+            what="student's graded step", passes=clips * window * student, tokens=tokens, pairs=pairs, factor=graded - 1
+        )
+        return [
+            (c.model, rollout),
+            (c.model, gradient),
+            (c.teacher_model or c.model, scored("teacher's score", clips * score * student, 1.0)),
+            (c.model, scored("critic's score", clips * student, 1.0)),
+            (c.model, scored("critic, forward and backward", clips, TRAINED)),
+        ]
+
+    def score_work_layout(self, blocks: int) -> Layout | None:
+        return None if self.config.score_layout == "bidirectional" else self.layout(blocks)
+
+    def working_bytes(self, bytes_per_value: int) -> float:
+        """The larger of the critic's clip and the student's graded blocks, and the cache of the rollout."""
+        c, g = self.config, self.config.geometry
+        cache = c.rollout_clips * cache_bytes(c.model, c.window_frames * g.tokens_per_frame, bytes_per_value)
+        checkpointed = c.checkpoint_activations
+        tokens = c.score_blocks * g.block_frames * g.tokens_per_frame
+        kept = activation_bytes(c.model, tokens, checkpointed=checkpointed, bytes_per_value=bytes_per_value)
+        snapshots = c.score_blocks * cache if checkpointed else 0
+        return cache * (2 if c.cache == "relative" else 1) + c.rollout_clips * kept + snapshots
 
     # -- what a person looks at -----------------------------------------------------------------
 

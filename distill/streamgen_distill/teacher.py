@@ -6,7 +6,7 @@ Letters: B clips, G blocks, F latent frames, L text rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
+from streamgen.costs import Work, parameters
 from streamgen.errors import UserError
-from streamgen.transformer import CausalWanModel
+from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen_train.checkpoint import load_into, run_folder
 from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.ar import Config as ArConfig
@@ -72,6 +73,21 @@ class TaughtObjective(ArObjective):
             return x0
         empty = torch.full_like(batch.ids_BGL, -1)
         return flow.guided(self.predict_x0(self.teacher, batch, x_t, sigma_BF, empty), x0, self.config.guidance)
+
+    def frozen_parameters(self) -> dict[str, int]:
+        return {"teacher": parameters(self.config.model)}
+
+    def work(self) -> list[tuple[TransformerConfig, Work]]:
+        """The student's passes, the teacher's (two under guidance) and, with an average as target, the average's."""
+        teacher = 1 if self.config.guidance == 1.0 else 2
+        judged = [(teacher, "teacher"), *([(1, "average")] if self.needs_ema else [])]
+        student = super().work()
+        others = [
+            (model, replace(work, what=f"{who}: {work.what.split(',')[0]}", passes=work.passes * passes, factor=1.0))
+            for passes, who in judged
+            for model, work in student
+        ]
+        return [*student, *others]
 
 
 def check_teacher(config: Config) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from streamgen.errors import UserError
+from streamgen.metrics.intervals import mean_and_error
 from streamgen.resources import configs_dir
 from streamgen_infer.errors import Failure
 
@@ -44,6 +45,8 @@ class Row:
     """More options of `streamgen eval sprites` for this row."""
     shares: str | None = None
     """Use the models of this row (only the evaluation differs)."""
+    after: str | None = None
+    """Go on from the last run of this row, of the same seed: {previous} of the first stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ def load_study(name: str) -> Study:
                     tuple(_stage(stage) for stage in row.get("stages", ())),
                     tuple(row.get("evaluate", ())),
                     row.get("shares"),
+                    row.get("after"),
                 )
                 for row in data["rows"]
             ),
@@ -102,7 +106,7 @@ class Job:
 
 
 def jobs(study: Study, root: Path, seeds: Sequence[int], rows: Sequence[Row]) -> Iterator[Job]:
-    """The commands of a study, in the order in which they must run."""
+    """The commands of a study, in the order in which they must run; one that is needed twice comes twice."""
     before = root / "before"
     previous = before
     for stage in study.before:
@@ -113,17 +117,24 @@ def jobs(study: Study, root: Path, seeds: Sequence[int], rows: Sequence[Row]) ->
     for seed in seeds:
         for row in rows:
             source = row if row.shares is None else by_name[row.shares]
-            home = root / _slug(source.name) / f"seed{seed}"
-            previous = before
-            for number, stage in enumerate(source.stages):
-                run = home / f"{number}_{stage.experiment}"
-                yield _run_job(stage, run, previous, before, seed)
-                previous = run
-            model = home / "model"
-            yield Job(("convert", str(previous), str(model)), model / "model_index.json")
+            *chain, last = _chain(source, by_name, root, seed)
+            yield from chain
+            yield last
+            model = root / _slug(source.name) / f"seed{seed}" / "model"
+            yield Job(("convert", str(last.made.parent), str(model)), model / "model_index.json")
             result = root / _slug(row.name) / f"seed{seed}" / "eval.json"
             options = (*study.evaluate, *row.evaluate, "--seed", str(seed), "--json", str(result), "--overwrite")
             yield Job(("eval", "sprites", "--model", str(model), *options), result)
+
+
+def _chain(row: Row, by_name: Mapping[str, Row], root: Path, seed: int) -> list[Job]:
+    """The runs that make a row's model, those of the rows before it included."""
+    made = [] if row.after is None else _chain(by_name[row.after], by_name, root, seed)
+    for number, stage in enumerate(row.stages):
+        previous = made[-1].made.parent if made else root / "before"
+        run = root / _slug(row.name) / f"seed{seed}" / f"{number}_{stage.experiment}"
+        made.append(_run_job(stage, run, previous, root / "before", seed))
+    return made
 
 
 def _run_job(stage: Stage, run: Path, previous: Path, before: Path, seed: int) -> Job:
@@ -161,8 +172,9 @@ def run(name: str, *, root: Path | None, seeds: Sequence[int], only: Sequence[st
 
 def _do(job: Job) -> None:
     print("streamgen " + shlex.join(job.words), flush=True)
-    job.made.parent.mkdir(parents=True, exist_ok=True)
-    log = job.made.with_name(f"{job.words[0]}.log")
+    folder = job.made.parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")  # beside it: a model folder holds a model and nothing else
     start = time.monotonic()
     with open(log, "w") as file:
         code = subprocess.run([sys.executable, "-m", "streamgen", *job.words], stdout=file, stderr=file).returncode
@@ -200,19 +212,15 @@ def table(study: Study, root: Path) -> list[dict[str, Any]]:
 
 
 def _train_seconds(root: Path, row: Row, study: Study) -> float | None:
-    """Wall seconds of the row's own runs, mean over seeds."""
-    source = row.name if row.shares is None else row.shares
-    totals: dict[str, float] = {}
-    for file in (root / _slug(source)).glob("seed*/*/done.json"):
-        seed = file.parent.parent.name
-        totals[seed] = totals.get(seed, 0.0) + json.loads(file.read_text())["seconds"]
-    return statistics.fmean(totals.values()) if totals else None
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean (nan with one value)."""
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Wall seconds of the runs of a row's chain, mean over seeds; without the common runs before."""
+    by_name = {item.name: item for item in study.rows}
+    source = row if row.shares is None else by_name[row.shares]
+    totals = []
+    for folder in sorted((root / _slug(row.name)).glob("seed*")):
+        done = [job.made for job in _chain(source, by_name, root, int(folder.name.removeprefix("seed")))]
+        if all(file.is_file() for file in done):
+            totals.append(sum(json.loads(file.read_text())["seconds"] for file in done))
+    return statistics.fmean(totals) if totals else None
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,3 +73,9 @@ def median_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
     middle = (len(ordered) - 1) // 2
     low, high = bootstrap(lambda drawn: np.sort(ordered[drawn], axis=1)[:, middle], len(ordered))
     return float(np.sort(ordered)[middle]), low, high
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean (nan with one value)."""
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -150,7 +150,7 @@ def test_bf16_keeps_fp32_masters() -> None:
         assert net.weight.grad is None
         optimizer.step(1.0)
         masters.zero_grad()
-        masters.publish()
+        masters.publish(masters.tensors)
     master = masters.tensors["net.weight"]
     assert net.weight.dtype == torch.bfloat16 and master.dtype == torch.float32
     torch.testing.assert_close(master, torch.full((4, 4), 1 - 40 * 1e-4), rtol=1e-4, atol=0)
@@ -262,7 +262,7 @@ def test_non_finite_numbers_stop_the_run(tmp_path: Path, where: str, named: str)
     config.checkpoint.every = 2
     with pytest.raises(NonFiniteError, match=f"step 3: .*{named}"):
         train(Broken(where), config, tmp_path)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step*"))] == ["step_00000002.pt"]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step*"))] == ["step_00000002"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -273,7 +273,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> Non
 
     before = signal.getsignal(number)
     result = train(build_toy(), toy_config(), tmp_path / "cut", on_progress=send)
-    assert (result.status, result.step, result.checkpoint.name) == ("interrupted", 8, "step_00000008.pt")
+    assert (result.status, result.step, result.checkpoint.name) == ("interrupted", 8, "step_00000008")
     assert signal.getsignal(number) == before
     assert train(build_toy(), toy_config(), tmp_path / "cut").status == "done"
     train(build_toy(), toy_config(), tmp_path / "whole")
@@ -318,7 +318,7 @@ def test_ema_of_masters_only(tmp_path: Path) -> None:
     objective = build_toy()
     objective.head.requires_grad_(False)
     masters = Masters(objective.modules(), torch.float32)
-    assert not any(name.startswith("head") for name in Ema(objective.modules(), masters, 0.9).shadow)
+    assert not any(name.startswith("head") for name in Ema(objective.modules(), masters, EmaConfig()).shadow)
     before = objective.head.weight.clone()
     train(objective, toy_config(max_steps=3), tmp_path)
     assert torch.equal(objective.head.weight, before)

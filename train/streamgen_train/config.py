@@ -55,7 +55,26 @@ class ScheduleConfig:
 class EmaConfig:
     decay: float = 0.999
     warmup: float = 10.0
-    """The n-th average uses min(decay, (1 + n) / (warmup + n))."""
+    """The n-th average uses min(decay, (1 + n) / (warmup + n)); 1 or less: always `decay`."""
+    start_step: int = 0
+    """Before this step the average is a copy of the weights. Published: decay 0.99 from step 200, warmup 1."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Needs the package peft."""
+
+    rank: int = 8
+    alpha: float = 8.0
+    """W + alpha / rank B A."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers by their name within a block (ffn.0), or its beginning (self_attn) or end (q); null: all."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, but must be at least 1")
+        if self.targets is not None and not self.targets:
+            raise ValueError("targets is empty; name layers of a block, or null for all")
 
 
 @dataclass(kw_only=True)
@@ -65,6 +84,12 @@ class LogConfig:
     wandb: Literal["disabled", "online", "offline"] = "disabled"
     """Needs the package wandb; its key comes from `wandb login`, never from a config."""
     wandb_project: str = "streamgen"
+    wandb_timeout_s: float = 30.0
+    """How long to wait for wandb's server at the start, before going on offline."""
+    curves: bool = True
+    """Draw curves.png at every validation and at the end."""
+    video_fps: float = 16.0
+    """Of sample videos."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +110,12 @@ class TrainConfig:
     max_minutes: float | None = None
     """Wall-clock limit of this start; the run stops with a checkpoint and can be resumed."""
     accumulate: int = 1
-    """Microbatches per step."""
+    """Microbatches per step, over all processes: a multiple of their number."""
+    sharding: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """Over the processes that torchrun starts. ddp: all have all weights. fsdp2: modules with blocks in shards. auto:
+    ddp for several. May be changed on resume, as may the number of processes."""
+    process_timeout_s: float = 600.0
+    """How long a process waits for another before the run ends (a killed one is noticed at once)."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """bf16: bf16 weights with fp32 masters; auto measures which is faster, once per run."""
     compile: bool = False
@@ -96,8 +126,13 @@ class TrainConfig:
     sample_every: int = 500
     """0: never."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    optim_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """player -> keys of `optim` that are different for it, such as {critic: {lr: 4e-7}}."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    lora: dict[str, LoraConfig] = field(default_factory=dict)
+    """module -> LoRA on it: its own weights stay, and only low-rank updates of its blocks learn. The run must go on
+    with the same ones."""
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -112,13 +147,28 @@ class TrainConfig:
             ("validate_every", self.validate_every, 0),
             ("sample_every", self.sample_every, 0),
             ("schedule.warmup_steps", self.schedule.warmup_steps, 0),
+            ("ema.start_step", self.ema.start_step, 0),
         ):
             if value < least:
                 raise UserError(f"train.{name} is {value}, but must be at least {least}")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise UserError(f"train.max_minutes is {self.max_minutes}, but must be positive or null")
+        for name, number in (
+            ("process_timeout_s", self.process_timeout_s),
+            ("log.wandb_timeout_s", self.log.wandb_timeout_s),
+            ("log.video_fps", self.log.video_fps),
+        ):
+            if number <= 0:
+                raise UserError(f"train.{name} is {number}, but must be positive")
         if not 0.0 <= self.ema.decay < 1.0:
             raise UserError(f"train.ema.decay is {self.ema.decay}, but must be in [0, 1)")
+        for player in self.optim_of:
+            self.optim_for(player)
+
+    def optim_for(self, player: str) -> OptimConfig:
+        """`optim` with what `optim_of` changes for this player."""
+        changes = self.optim_of.get(player, {})
+        return from_dict(OptimConfig, {**dataclasses.asdict(self.optim), **changes}, f"train.optim_of.{player}")
 
 
 @dataclass(kw_only=True)

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamgen.parallel.tensors import local
+from streamgen_train.config import EmaConfig
 from streamgen_train.objective import Modules
 from streamgen_train.precision import Masters, named_trainable
 
@@ -22,51 +23,68 @@ def ema_decay(decay: float, updates: int, warmup: float) -> float:
     return min(decay, (1 + updates) / (max(warmup, 1.0) + updates))
 
 
+def copy_modules(modules: Modules) -> dict[str, nn.Module]:
+    """Copies with trainable parameters of their own; frozen ones are the same objects."""
+    frozen = {id(p): p for module in modules.values() for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(dict(modules), frozen)
+
+
 class Ema:
-    """shadow <- d shadow + (1 - d) master, with d = ema_decay(decay, n) at the n-th update (from
-    0).
+    """shadow <- d shadow + (1 - d) master, with d = ema_decay(decay, n) at a player's n-th average (from 0), on its own
+    turns; before `start_step` the shadow is a copy of the master.
 
     `modules` are frozen copies in eval mode; `refresh` brings them up to date with shadows and with
-    the buffers of the trained modules. In fp32 their parameters are the shadows themselves.
+    the buffers of the trained modules. Where masters are the parameters, the copies' parameters are the shadows.
     """
 
-    def __init__(self, modules: Modules, masters: Masters, decay: float, warmup: float = 10.0) -> None:
-        self.decay, self.warmup, self.updates = decay, warmup, 0
-        self.shadow: dict[str, Tensor] = {n: t.detach().clone() for n, t in masters.tensors.items()}
+    def __init__(self, modules: Modules, masters: Masters, config: EmaConfig, copies: Modules | None = None) -> None:
+        """`copies` of the modules are made here, except of modules in shards: those must be made before."""
+        self.config = config
+        self.updates: dict[str, int] = {}
+        """Averages taken so far, by player."""
         self._source = modules
-        twins = copy.deepcopy(dict(modules))
-        self._twins = named_trainable(twins)
+        twins = copy_modules(modules) if copies is None else copies
+        shown = named_trainable(twins)
+        self._frozen = [
+            (twin, source)
+            for key in modules
+            for twin, source in zip(twins[key].parameters(), modules[key].parameters(), strict=True)
+            if not source.requires_grad and twin is not source
+        ]
         self.modules: dict[str, nn.Module] = {k: m.eval().requires_grad_(False) for k, m in twins.items()}
-        if masters.dtype == torch.float32:
-            for name, parameter in self._twins.items():
-                parameter.data = self.shadow[name]
-        self._shared = masters.dtype == torch.float32
+        for name in masters.apart:
+            shown[name].data = shown[name].data.to(masters.params[name].dtype)
+        self.shadow: dict[str, Tensor] = {}
+        for name, master in masters.tensors.items():
+            self.shadow[name] = master.detach().clone() if name in masters.apart else shown[name].detach()
+            self.shadow[name].copy_(master.detach())
+        self._shown = {name: shown[name].detach() for name in masters.apart}
 
     @torch.no_grad()
-    def update(self, masters: Masters) -> None:
-        decay = ema_decay(self.decay, self.updates, self.warmup)
-        torch._foreach_lerp_(
-            list(self.shadow.values()),
-            [masters.tensors[n].detach() for n in self.shadow],
-            1.0 - decay,
-        )
-        self.updates += 1
+    def update(self, player: str, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Take in the masters of a player after its turn of `step`."""
+        shadows = [local(self.shadow[name]) for name in tensors]
+        masters = [local(t.detach()) for t in tensors.values()]
+        if step < self.config.start_step:
+            torch._foreach_copy_(shadows, masters)
+            return
+        updates = self.updates.get(player, 0)
+        decay = ema_decay(self.config.decay, updates, self.config.warmup)
+        torch._foreach_lerp_(shadows, masters, 1.0 - decay)
+        self.updates[player] = updates + 1
+
+    @torch.no_grad()
+    def take_frozen(self) -> None:
+        """Take over weights that do not learn, after a checkpoint was loaded."""
+        for twin, source in self._frozen:
+            local(twin).copy_(local(source))
 
     @torch.no_grad()
     def refresh(self) -> Mapping[str, nn.Module]:
         """The EMA modules, up to date."""
-        if not self._shared:
-            torch._foreach_copy_(list(self._twins.values()), [self.shadow[n] for n in self._twins])
+        if self._shown:
+            torch._foreach_copy_(list(self._shown.values()), [self.shadow[n] for n in self._shown])
         for key, module in self.modules.items():
             for name, buffer in self._source[key].named_buffers():
                 module.get_buffer(name).copy_(buffer)
         return self.modules
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.updates = int(state["updates"])
-        for name, tensor in self.shadow.items():
-            tensor.copy_(state["shadow"][name])

@@ -1,44 +1,26 @@
-"""What a run writes and shows: JSONL and CSV rows, pictures, optional wandb, a progress bar, and
-where it ran.
-"""
+"""What a run writes: JSONL and CSV rows, curves, pictures and videos, and all of it to wandb if that is asked for."""
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from streamgen.errors import UserError
+from streamgen_train import curves
 from streamgen_train.config import LogConfig
 
 KINDS = ("train", "val")
-PACKAGES = ("torch", "numpy", "omegaconf", "hydra-core", "safetensors")
 
 
 class RunLog:
-    """log.jsonl (all rows), train.csv and val.csv, samples/*.png, and wandb if the config asks for
-    it.
+    """log.jsonl (all rows), train.csv and val.csv, curves.png, samples/*.png and *.mp4, and wandb if the config asks
+    for it. `notes`: what the person should know at once.
     """
 
     def __init__(self, run_dir: Path, config: LogConfig, start_step: int, resolved: Mapping[str, Any]) -> None:
@@ -46,7 +28,12 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._jsonl = run_dir / "log.jsonl"
         self._forget_from(start_step)
-        self._wandb = _start_wandb(config, run_dir, resolved) if config.wandb != "disabled" else None
+        self.notes: list[str] = []
+        self._fps, self._curves = config.video_fps, config.curves
+        if config.curves and not curves.can_draw():
+            self.notes.append("no curves.png: it needs the package matplotlib (pip install 'streamgen[train]')")
+            self._curves = False
+        self._wandb = _start_wandb(config, run_dir, resolved, self.notes) if config.wandb != "disabled" else None
 
     def _forget_from(self, step: int) -> None:
         """Drop rows that a killed process wrote after the checkpoint we continue from; they will be
@@ -93,17 +80,29 @@ class RunLog:
         with open(path, "a", newline="") as file:
             csv.DictWriter(file, header, extrasaction="ignore", restval="").writerow(row)
 
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """samples/step_XXXXXXXX_NAME.png from uint8 [height, width, 3]."""
+    def draw_curves(self) -> None:
+        """curves.png from all rows so far."""
+        if self._curves and self._jsonl.exists():
+            curves.draw(read_jsonl(self._jsonl), self.run_dir / "curves.png")
+
+    def samples(self, step: int, samples: Mapping[str, np.ndarray]) -> None:
+        """samples/step_XXXXXXXX_NAME.png from uint8 [height, width, 3], .mp4 from uint8 [frames, height, width, 3]."""
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
-        for name, picture_rgb_u8 in pictures.items():
-            path = folder / f"step_{step:08d}_{name}.png"
-            Image.fromarray(picture_rgb_u8).save(path)
+        for name, sample_rgb_u8 in samples.items():
+            is_video = sample_rgb_u8.ndim == 4
+            path = folder / f"step_{step:08d}_{name}.{'mp4' if is_video else 'png'}"
+            temporary = path.with_name(f".tmp_{path.name}")
+            if is_video:
+                write_video(temporary, sample_rgb_u8, self._fps)
+            else:
+                Image.fromarray(sample_rgb_u8).save(temporary)
+            temporary.replace(path)
             if self._wandb is not None:
                 import wandb
 
-                self._wandb.log({f"samples/{name}": wandb.Image(str(path))}, step=step)
+                shown = wandb.Video(str(path), format="mp4") if is_video else wandb.Image(str(path))
+                self._wandb.log({f"samples/{name}": shown}, step=step)
 
     def close(self) -> None:
         if self._wandb is not None:
@@ -116,9 +115,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _start_wandb(config: LogConfig, run_dir: Path, resolved: Mapping[str, Any]) -> Any:
+def write_video(path: Path, video_rgb_u8: np.ndarray, fps: float) -> None:
+    """H.264 of uint8 [frames, height, width, 3]; an odd last row or column is doubled, as 4:2:0 has none."""
+    import imageio.v3 as iio
+
+    height, width = video_rgb_u8.shape[1:3]
+    even = np.pad(video_rgb_u8, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    iio.imwrite(path, even, plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p")
+
+
+def _start_wandb(config: LogConfig, run_dir: Path, resolved: Mapping[str, Any], notes: list[str]) -> Any:
     """Needs the package wandb (extra `train`); without it the files of the run folder hold the same
-    numbers.
+    numbers. Without network it writes to the run folder, for `wandb sync` later.
     """
     try:
         import wandb
@@ -126,110 +134,21 @@ def _start_wandb(config: LogConfig, run_dir: Path, resolved: Mapping[str, Any]) 
         raise UserError(
             f"train.log.wandb needs the package wandb ({error}): pip install wandb, or set train.log.wandb=disabled"
         ) from error
+    options: dict[str, Any] = {
+        "project": config.wandb_project,
+        "name": run_dir.name,
+        "dir": str(run_dir),
+        "config": dict(resolved),
+    }
     try:
-        return wandb.init(
-            project=config.wandb_project,
-            name=run_dir.name,
-            dir=str(run_dir),
-            mode=config.wandb,
-            config=dict(resolved),
-        )
-    except wandb.errors.UsageError as error:  # no key, no network
+        settings = wandb.Settings(init_timeout=config.wandb_timeout_s)
+        return wandb.init(mode=config.wandb, settings=settings, **options)
+    except wandb.errors.UsageError as error:  # no key
         raise UserError(
             f"wandb could not start ({error}); run `wandb login`, or set train.log.wandb=offline"
         ) from error
-
-
-class Display:
-    """Progress on stderr: a bar when it is a terminal, else one line per log row."""
-
-    def __init__(self, total: int, done: int, name: str) -> None:
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self._console,
-            disable=not self._live,
-        )
-        self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
-
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, done: int) -> None:
-        self._progress.update(self._task, completed=done)
-
-    def row(self, done: int, total: int, numbers: Mapping[str, float]) -> None:
-        short = f"loss {numbers['loss']:.4g}  {numbers['clips_per_s']:.4g} clips/s"
-        self._progress.update(self._task, completed=done, numbers=short)
-        if not self._live:
-            text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            self.say(f"step {done}/{total}  {text}")
-
-    def say(self, line: str) -> None:
-        """One line above the bar."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def environment(argv: list[str]) -> dict[str, Any]:
-    """Where and from what code a run was started."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {
-        "argv": argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": {name: found[name] for name in PACKAGES if name in found},
-        "code": code_version(),
-    }
-
-
-def code_version() -> str:
-    """`git describe` of the checkout with -dirty, or the installed version where there is no
-    checkout.
-    """
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except FileNotFoundError:
-        print("git is not installed: the run records the package version only", file=sys.stderr)
-        result = None
-    if result is not None and result.returncode == 0:
-        return result.stdout.strip()
-    from streamgen import __version__
-
-    return str(__version__)
-
-
-def write_provenance(run_dir: Path, resolved: Mapping[str, Any], step: int) -> None:
-    """config.yaml and environment.json of this start; those of earlier starts are kept as
-    NAME.before_step_N.
-    """
-    from omegaconf import OmegaConf
-
-    texts = {
-        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(dict(resolved))),
-        "environment.json": json.dumps(environment(sys.argv), indent=1) + "\n",
-    }
-    for name, text in texts.items():
-        path = run_dir / name
-        if path.exists() and path.read_text() != text:
-            stem, suffix = name.split(".")
-            path.replace(run_dir / f"{stem}.before_step_{step}.{suffix}")
-        path.write_text(text)
+    except wandb.errors.CommError as error:
+        reason = str(error).split("\n", 1)[0]
+        run = wandb.init(mode="offline", **options)
+        notes.append(f"wandb is not reached ({reason}): logging offline; later run: wandb sync {Path(run.dir).parent}")
+        return run

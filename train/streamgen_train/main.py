@@ -9,20 +9,23 @@ mistake, 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from streamgen.errors import UserError
+from streamgen.parallel.processes import ProcessError, leave, rank_from_environment, started_by_torchrun
 from streamgen.resources import configs_dir
+from streamgen_train.checkpoint import CheckpointError
 from streamgen_train.config import RunConfig, from_dict, nearest
+from streamgen_train.dry_run import costs_table
 from streamgen_train.loop import NonFiniteError, train
-from streamgen_train.objective import Objective
 
 OBJECTIVES = {
     "codec": "streamgen_train.objectives.codec",
@@ -40,17 +43,37 @@ def run(argv: list[str], kind: str = "train", objectives: Mapping[str, str] = OB
     if not argv or any(word in ("-h", "--help") for word in argv):
         print(usage(kind))
         return 0 if argv else 2
+    return exit_code(lambda: _run(compose(argv, kind), kind, objectives), kind)
+
+
+def exit_code(call: Callable[[], int], kind: str) -> int:
+    """What a command returns, with one line on stderr for what may go wrong in it. Of several processes the first
+    speaks for all; but each may be the only one left to say that another is lost.
+    """
+    speaks = rank_from_environment() == 0
+    code, line = 1, ""
     try:
-        return _run(compose(argv, kind), kind, objectives)
+        return call()
     except UserError as error:
-        print(f"streamgen {kind}: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteError as error:
-        print(f"streamgen {kind}: {error}", file=sys.stderr)
-        return 1
+        code, line = 2, str(error)
+    except (NonFiniteError, CheckpointError) as error:
+        line = str(error)
+    except ProcessError as error:
+        line, speaks = str(error), True
     except KeyboardInterrupt:  # outside the loop, or the second one inside it
-        print(f"streamgen {kind}: interrupted; the last checkpoint stands", file=sys.stderr)
-        return 130
+        code, line = 130, "interrupted; the last checkpoint stands"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            line = f"{error}: the disk is full; the last checkpoint stands. Make room, and start again to continue"
+        elif started_by_torchrun():
+            line, speaks = traceback.format_exc(), True
+        else:
+            raise
+    if speaks:
+        print(f"streamgen {kind}: {line}", file=sys.stderr)
+    if started_by_torchrun():
+        leave(code)
+    return code
 
 
 def _run(composed: dict[str, Any], kind: str, objectives: Mapping[str, str]) -> int:
@@ -75,10 +98,13 @@ def _run(composed: dict[str, Any], kind: str, objectives: Mapping[str, str]) -> 
         **dataclasses.asdict(config),
         "objective": {"name": name, **dataclasses.asdict(objective_config)},
     }
-    print(f"run folder: {config.run_dir}", flush=True)
+    speaks = rank_from_environment() == 0
+    if speaks:
+        print(f"run folder: {config.run_dir}", flush=True)
     result = train(objective, config.train, config.run_dir, resume=config.resume, resolved=resolved)
-    ending = {"done": "done", "time": "stopped by train.max_minutes", "interrupted": "interrupted"}[result.status]
-    print(f"{ending} at step {result.step}: {result.checkpoint}")
+    if speaks:
+        ending = {"done": "done", "time": "stopped by train.max_minutes", "interrupted": "interrupted"}[result.status]
+        print(f"{ending} at step {result.step}: {result.checkpoint}")
     return 130 if result.status == "interrupted" else 0
 
 
@@ -100,7 +126,8 @@ def usage(kind: str) -> str:
         "  resume=never|PATH   refuse a folder with checkpoints, or continue the run or the\n"
         "                      checkpoint at PATH in a new folder\n"
         "  dry_run=true        build on the meta device and print parameters and costs\n"
-        "  train.KEY=VALUE     see configs/train and train/streamgen_train/config.py"
+        "  train.KEY=VALUE     see configs/train and train/streamgen_train/config.py\n"
+        f"  several processes:  torchrun --nproc-per-node N -m streamgen {kind} experiment=NAME ..."
     )
 
 
@@ -148,36 +175,3 @@ def _check_choices(chosen: list[tuple[str, str]], known: dict[str, list[str]], k
             raise UserError(f"no {group} {name!r}{nearest(name, known[group])} Allowed: {', '.join(known[group])}")
     if "experiment" not in dict(chosen):
         raise UserError(f"name an experiment: streamgen {kind} experiment=NAME ({', '.join(known['experiment'])})")
-
-
-def costs_table(config: RunConfig, objective: Objective) -> str:
-    """Parameters and bytes of a run, counted on meta tensors."""
-    modules = objective.modules()
-    lines = [f"experiment {config.experiment}: nothing was allocated or trained"]
-    trainable = total = 0
-    for name, module in modules.items():
-        count, train_count = _count(module)
-        total, trainable = total + count, trainable + train_count
-        lines.append(f"  {name:<24} {count / 1e6:10.3f} M parameters, {train_count / 1e6:.3f} M trained")
-    weight_bytes = 2 if config.train.precision == "bf16" else 4
-    moments = 8 if config.train.optim.kind == "adamw" else 4  # Muon keeps one moment; its AdamW share is small
-    masters = 4 if config.train.precision == "bf16" else 0
-    state = total * weight_bytes + trainable * (weight_bytes + masters + moments + 4)
-    checkpoint = 4 * total + trainable * (4 + moments)
-    rows = {
-        "total (M parameters)": total / 1e6,
-        "trained (M parameters)": trainable / 1e6,
-        "weights, gradients, moments, EMA (MB)": state / 1e6,
-        "one checkpoint (MB)": checkpoint / 1e6,
-        "released in fp16 (MB)": total * 2 / 1e6,
-        "clips in all": config.train.max_steps * config.train.accumulate * objective.clips_per_batch,
-        **objective.costs(),
-    }
-    lines += [f"  {name:<42} {value:,.3f}" for name, value in rows.items()]
-    return "\n".join(lines)
-
-
-def _count(module: nn.Module) -> tuple[int, int]:
-    """Parameters in all and those that are trained."""
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)

@@ -14,9 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamgen.costs import Work
 from streamgen.errors import UserError
+from streamgen.transformer import TransformerConfig
 
 Modules = Mapping[str, nn.Module]
+MODEL = "model"
+"""The usual player; its numbers are logged without a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Turn:
     shared: torch.Generator
     """The same numbers in every microbatch and every process of the step: for what all must do alike, such as the exit
     step or the length of a rollout (processes that differ there wait for each other for ever)."""
-    player: str = "model"
+    player: str = MODEL
     micro: int = 0
     """Number of the microbatch in the step, counted over all processes."""
 
@@ -63,7 +67,7 @@ class Objective(ABC):
 
         One player with all modules by default; a student and its critic are two, with an optimiser and a loss each.
         """
-        return {"model": tuple(self.modules())}
+        return {MODEL: tuple(self.modules())}
 
     def turns(self, step: int) -> tuple[str, ...]:
         """Players that make an optimiser step at `step`, in this order; a function of `step` alone."""
@@ -109,13 +113,25 @@ class Objective(ABC):
         """Called after the optimiser and EMA updates of `step`."""
 
     def sample(self, step: int, modules: Modules) -> dict[str, np.ndarray]:
-        """Pictures to keep, uint8 [height, width, 3] by file name; `modules` are the EMA modules in
-        eval mode.
+        """Pictures to keep, uint8 [height, width, 3] by file name, and videos, uint8 [frames, height, width, 3];
+        `modules` are the EMA modules in eval mode.
         """
         return {}
 
     def validate(self, step: int, modules: Modules) -> dict[str, float]:
         """Numbers on data that is never trained on; `modules` are the EMA modules in eval mode."""
+        return {}
+
+    def work(self) -> list[tuple[TransformerConfig, Work]]:
+        """Passes of a microbatch, mean over steps, with the sizes of the network that makes them; for `dry_run`."""
+        return []
+
+    def working_bytes(self, bytes_per_value: int) -> float:
+        """Activations and caches of a microbatch, about; for `dry_run`."""
+        return 0.0
+
+    def frozen_parameters(self) -> dict[str, int]:
+        """Numbers of parameters that are held and not trained, besides those of `modules`; for `dry_run`."""
         return {}
 
     def costs(self) -> dict[str, float]:

@@ -4,23 +4,28 @@ Muon: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks
 update is its Nesterov momentum with all singular values pushed towards 1 by five Newton-Schulz
 iterations. Matrices of one shape (or its transpose) go through the iterations as one batch: at
 these sizes the call overhead is what costs.
+
+Of weights in shards (FSDP2) the momentum stays in shards, and the iterations need whole matrices: every process gathers
+them, a batch at a time, makes the same iterations and keeps its part of the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from streamgen.parallel.tensors import like, whole
 from streamgen_train.config import OptimConfig, ScheduleConfig
 from streamgen_train.precision import DTYPES, fastest_seconds
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the reference implementation
+BATCH_NUMBERS = 2**26  # largest batch of matrices, in numbers: beyond it only memory grows
 
 
 def lr_factor(step: int, max_steps: int, config: ScheduleConfig) -> float:
@@ -83,49 +88,54 @@ class Muon:
             dtype,
         )
         self.buffers = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
-        self._groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+        self._groups: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
         for name, tensor in self.tensors.items():
             rows, columns = tensor.shape
-            self._groups[min(rows, columns), max(rows, columns)].append(name)
+            self._groups[min(rows, columns), max(rows, columns), isinstance(tensor, DTensor)].append(name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for group in self._groups.values():
-            grad_of = {name: self.tensors[name].grad for name in group}
-            named = [(name, grad) for name, grad in grad_of.items() if grad is not None]
-            if not named:
-                continue
-            names, grads = [name for name, _ in named], [grad for _, grad in named]
-            buffers = [self.buffers[name] for name in names]
-            torch._foreach_mul_(buffers, self.momentum)
-            torch._foreach_add_(buffers, grads)
-            nesterov = torch._foreach_add(grads, buffers, alpha=self.momentum)
-            tall = [self.tensors[name].shape[0] > self.tensors[name].shape[1] for name in names]
-            stack = torch.stack([u.mT if t else u for u, t in zip(nesterov, tall, strict=True)])
-            for name, is_tall, update in zip(names, tall, orthogonalise(stack, self.dtype), strict=True):
-                weight = self.tensors[name]
-                rows, columns = weight.shape
-                weight.mul_(1.0 - lr * self.weight_decay)
-                weight.add_(update.mT if is_tall else update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        for (rows, columns, _), group in self._groups.items():
+            length = max(1, BATCH_NUMBERS // (rows * columns))
+            for start in range(0, len(group), length):
+                self._step_batch(group[start : start + length], lr)
+
+    def _step_batch(self, group: list[str], lr: float) -> None:
+        grad_of = {name: self.tensors[name].grad for name in group}
+        named = [(name, grad) for name, grad in grad_of.items() if grad is not None]
+        if not named:
+            return
+        names, grads = [name for name, _ in named], [grad for _, grad in named]
+        buffers = [self.buffers[name] for name in names]
+        torch._foreach_mul_(buffers, self.momentum)
+        torch._foreach_add_(buffers, grads)
+        nesterov = [whole(update) for update in torch._foreach_add(grads, buffers, alpha=self.momentum)]
+        tall = [self.tensors[name].shape[0] > self.tensors[name].shape[1] for name in names]
+        stack = torch.stack([u.mT if t else u for u, t in zip(nesterov, tall, strict=True)])
+        for name, is_tall, update in zip(names, tall, orthogonalise(stack, self.dtype), strict=True):
+            weight = self.tensors[name]
+            rows, columns = weight.shape
+            weight.mul_(1.0 - lr * self.weight_decay)
+            weight.add_(like(update.mT if is_tall else update, weight), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 class Optimizer:
     """Splits the masters between Muon and AdamW and steps both with the scheduled learning rate."""
 
     def __init__(self, masters: Mapping[str, Tensor], config: OptimConfig, newton_schulz: str) -> None:
-        self.config, self.newton_schulz = config, newton_schulz
+        self.config, self._masters = config, dict(masters)
         muon = muon_names(masters, config)
         rest = {name: t for name, t in masters.items() if name not in muon}
-        decayed = {name: t for name, t in rest.items() if t.ndim >= 2}
-        plain = {name: t for name, t in rest.items() if t.ndim < 2}
-        groups = [
-            {"params": list(tensors.values()), "weight_decay": decay}
-            for tensors, decay in ((decayed, config.weight_decay), (plain, 0.0))
-            if tensors
+        groups: dict[tuple[bool, bool], list[str]] = {}  # one update takes tensors of one kind
+        for name, tensor in rest.items():
+            groups.setdefault((tensor.ndim < 2, isinstance(tensor, DTensor)), []).append(name)
+        self._adamw_names = [name for _, names in sorted(groups.items()) for name in names]
+        settings = [
+            {"params": [rest[name] for name in names], "weight_decay": 0.0 if plain else config.weight_decay}
+            for (plain, _), names in sorted(groups.items())
         ]
-        self._adamw_names = [*decayed, *plain]
         self.adamw = (
-            torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True) if groups else None
+            torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True) if rest else None
         )
         self.muon = Muon(
             {n: masters[n] for n in muon},
@@ -141,22 +151,27 @@ class Optimizer:
             self.adamw.step()
         self.muon.step(self.config.muon_lr * factor)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments by parameter name, so that a state can be read, compared and refused by name."""
-        adamw: dict[str, dict[str, Tensor]] = {}
+    def tensors(self) -> dict[str, Tensor]:
+        """Its moments by kind and parameter name, so that a state can be read, compared and refused by name."""
+        found = {f"muon/{name}": buffer for name, buffer in self.muon.buffers.items()}
         if self.adamw is not None:
-            states = self.adamw.state_dict()["state"]
-            adamw = {self._adamw_names[index]: dict(state) for index, state in states.items()}
-        return {"adamw": adamw, "muon": self.muon.buffers}
+            for name in self._adamw_names:
+                moments = self.adamw.state.get(self._masters[name], {})
+                found |= {f"adamw/{name}/{moment}": tensor for moment, tensor in moments.items()}
+        return found
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.adamw is not None:
-            current = self.adamw.state_dict()
-            order = {name: index for index, name in enumerate(self._adamw_names)}
-            current["state"] = {order[name]: moments for name, moments in state["adamw"].items()}
-            self.adamw.load_state_dict(current)
-        for name, buffer in self.muon.buffers.items():
-            buffer.copy_(state["muon"][name])
+    def prepare_for(self, names: Collection[str]) -> None:
+        """Make room for the moments of a state that has these names; a parameter that never learned has none."""
+        if self.adamw is None:
+            return
+        for name in self._adamw_names:
+            if f"adamw/{name}/step" in names:
+                master = self._masters[name]
+                self.adamw.state[master] = {
+                    "step": torch.zeros((), device=master.device),
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
+                }
 
 
 def muon_names(tensors: Mapping[str, Tensor], config: OptimConfig) -> list[str]:

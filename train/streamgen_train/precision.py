@@ -8,7 +8,7 @@ step. In fp32 the masters are the parameters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -34,32 +34,39 @@ def named_trainable(modules: Modules) -> dict[str, nn.Parameter]:
 
 
 class Masters:
-    """fp32 tensors that are optimised, one for each trainable parameter, in a fixed order."""
+    """fp32 tensors that are optimised, one for each trainable parameter, in a fixed order.
 
-    def __init__(self, modules: Modules, dtype: torch.dtype) -> None:
+    Modules in shards keep fp32 parameters whatever the dtype (they are gathered in it): those are their own masters.
+    """
+
+    def __init__(self, modules: Modules, dtype: torch.dtype, in_shards: Collection[str] = ()) -> None:
         self.params = named_trainable(modules)
         if not self.params:
             raise ValueError(f"nothing to train: no parameter of {sorted(modules)} has requires_grad")
-        self.dtype = dtype
-        if dtype == torch.float32:
-            self.tensors: dict[str, Tensor] = dict(self.params)
-            return
-        self.tensors = {name: p.detach().float().clone() for name, p in self.params.items()}
-        for parameter in self.params.values():
+        self.tensors: dict[str, Tensor] = dict(self.params)
+        self.apart = [n for n in self.params if dtype != torch.float32 and n.split(".", 1)[0] not in in_shards]
+        """Names whose master is not the parameter itself."""
+        for name in self.apart:
+            parameter = self.params[name]
+            self.tensors[name] = parameter.detach().float().clone()
             parameter.data = parameter.data.to(dtype)
 
     def collect_grads(self) -> None:
         """Add the gradients of one microbatch to the masters' (in fp32), and clear them on the
         parameters.
         """
-        if self.dtype == torch.float32:
-            return
-        for name, parameter in self.params.items():
+        for name in self.apart:
+            parameter = self.params[name]
             if parameter.grad is None:
                 continue
             master, grad = self.tensors[name], parameter.grad
             master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
             parameter.grad = None
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Gradients for these parameters alone; the others let them through to what is before them."""
+        for name, parameter in self.params.items():
+            parameter.requires_grad_(name in names)
 
     def grads(self) -> dict[str, Tensor]:
         return {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
@@ -69,15 +76,16 @@ class Masters:
             tensor.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters into the parameters that the forward uses."""
-        if self.dtype != torch.float32:
-            torch._foreach_copy_(list(self.params.values()), list(self.tensors.values()))
+    def publish(self, names: Collection[str]) -> None:
+        """Copy these masters into the parameters that the forward uses."""
+        apart = [name for name in self.apart if name in names]
+        if apart:
+            torch._foreach_copy_([self.params[n] for n in apart], [self.tensors[n] for n in apart])
 
     def restore(self) -> None:
         """Make the modules fp32 again, from the masters."""
-        for name, parameter in self.params.items():
-            parameter.data = self.tensors[name].detach()
+        for name in self.apart:
+            self.params[name].data = self.tensors[name].detach()
 
 
 def fastest_seconds(call: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -102,7 +110,8 @@ def probe_precision(objective: Objective, device: torch.device) -> tuple[str, di
         modules = objective.modules()
         masters = Masters(modules, dtype)
         ema = modules if objective.needs_ema else None
-        turn = Turn(0, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+        first = next(iter(objective.players()))
+        turn = Turn(0, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0), first)
         batch = objective.batch(turn)
 
         call = partial(_forward_backward, objective, batch, turn, ema, masters)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from streamgen.metrics import adherence, motion, reconstruction, stream
-from streamgen.metrics.intervals import median_with_interval, wilson
+from streamgen.metrics.intervals import mean_and_error, median_with_interval, wilson
 from streamgen.worlds.sprites import ATTRIBUTES
 from streamgen_infer.evaluation.measure import Evaluation, Measured, Rendered, Speed, Switched
-from streamgen_infer.study import mean_and_error
 
 SOON_S = 1.0
 """A switch is 'within_1s' if its stream obeys from so long after it on."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import Visibility, dense_mask, flex_mask
+from streamgen.attention import Layout, Visibility, dense_mask, flex_mask
 from streamgen.embedded_text import EmbeddedText
 from streamgen.pipeline import SchedulerConfig
 from streamgen.rope import rope_table
@@ -112,6 +112,13 @@ class ArObjective(FlowMatching):
                     mask = dense_mask(layout, g.tokens_per_frame).to(self.device)
             self._tables[blocks, view] = ((cos.to(self.device), sin.to(self.device)), mask)
         return self._tables[blocks, view]
+
+    def layout(self, blocks: int) -> Layout:
+        """Of the visibility that has the largest share."""
+        c = self.config
+        most = max(c.visibility, key=lambda name: c.visibility[name])
+        view = whole_windows(blocks, c.joint_blocks) if most == "joint" else self.view(most)
+        return view.layout(blocks, c.geometry, c.window_frames, c.sink_frames)
 
     def predict_x0(
         self,

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
+from streamgen.attention import Layout
+from streamgen.costs import TRAINED, Work, activation_bytes
+from streamgen.transformer import TransformerConfig
 from streamgen_train.objective import Turn
 from streamgen_train.objectives import video
 from streamgen_train.objectives.video import Batch, VideoObjective
@@ -67,6 +70,24 @@ class FlowMatching(VideoObjective):
         frames = self.config.geometry.block_size(0)
         name = batch.kind if batch.view.visibility == "clean" else batch.view.visibility
         return loss, {f"mse_{name}": error_BF.detach().mean(), "mse_first": error_BF[:, :frames].detach().mean()}
+
+    def work(self) -> list[tuple[TransformerConfig, Work]]:
+        c = self.config
+        longer = (1 - c.single_share) * c.clips
+        whole = self.clip_work(
+            "clips, forward and backward", longer, c.clip_blocks, self.layout(c.clip_blocks), TRAINED
+        )
+        single = self.clip_work("single blocks", c.single_share * c.single_clips, 1, None, TRAINED)
+        return [(c.model, work) for work in (whole, single) if work.passes]
+
+    def layout(self, blocks: int) -> Layout | None:
+        """What a clip's tokens see of each other, for the count of work; None: all of all."""
+        return None
+
+    def working_bytes(self, bytes_per_value: int) -> float:
+        c = self.config
+        work = self.clip_work("", 1, c.clip_blocks, self.layout(c.clip_blocks), TRAINED)
+        return c.clips * activation_bytes(c.model, work.tokens, checkpointed=False, bytes_per_value=bytes_per_value)
 
     def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Error of x0 at fixed noise levels, for a block from nothing and for a clip.

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamgen.attention import check_backend, check_trainable, check_window
+from streamgen.attention import Layout, check_backend, check_trainable, check_window, dense_mask
 from streamgen.codec import SpritesCodec, load_codec
+from streamgen.costs import Work
 from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
@@ -211,6 +212,21 @@ class VideoObjective(Objective):
         """[B, G] -> [B, F]."""
         sizes = [self.config.geometry.block_size(b) for b in range(values_BG.shape[1])]
         return values_BG.repeat_interleave(torch.tensor(sizes, device=values_BG.device), 1)
+
+    # -- what a step costs ----------------------------------------------------------------------
+
+    def clip_work(self, what: str, passes: float, blocks: int, layout: Layout | None, factor: float) -> Work:
+        """Passes over clips of so many blocks, under a layout's mask (None: everything sees everything)."""
+        g = self.config.geometry
+        frames = g.block_start(blocks) * (1 if layout is None else len(layout.copies))
+        pairs = frames**2 if layout is None else int(dense_mask(layout, 1).sum())
+        return Work(
+            what=what,
+            passes=passes,
+            tokens=frames * g.tokens_per_frame,
+            pairs=pairs * g.tokens_per_frame**2,
+            factor=factor,
+        )
 
     # -- what a person looks at ---------------------------------------------------------------------
 
