@@ -181,9 +181,7 @@ def _run(model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, bl
     return model(x_t, timestep, text, cache=block)
 
 
-def _run_checkpointed(
-    model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, block: BlockCache
-) -> Tensor:
+def _run_checkpointed(model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, block: BlockCache) -> Tensor:
     """The same with activation checkpointing: what it saw of the cache is copied, for the cache moves on meanwhile."""
     timestep = torch.full((x_t.shape[0], 1), timestep_of(sigma), device=x_t.device)
     seen = block.snapshot()

@@ -31,7 +31,6 @@ class Config(self_forcing.Config):
     """Blocks that a turn adds to its streams."""
     stream_blocks: int = 80
     """Length at which streams end, in blocks."""
-    sample_steps: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()

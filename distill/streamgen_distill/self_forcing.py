@@ -17,7 +17,7 @@ long.py adds LongLive's streaming long tuning. Letters: B clips, G blocks, F lat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -115,10 +115,11 @@ class Config(ar.Config):
     text_drop: float = 0.0
     word_drop: float = 0.0
     validation_seconds: float = 15.0
-    sample_steps: int = field(init=False, default=4)
+    sample_steps: int = 0
+    """For pictures; 0: the first of train_steps."""
 
     def __post_init__(self) -> None:
-        self.sample_steps = self.train_steps[0] if self.train_steps else 4
+        self.sample_steps = self.sample_steps or next(iter(self.train_steps), 1)
         super().__post_init__()
         low, high = self.rollout_blocks
         checks = (
@@ -227,8 +228,12 @@ class SelfForcing(ArObjective):
             module.to(device, dtype)
 
     def compile(self, modules: Mapping[str, nn.Module]) -> None:
-        """The scores run at few shapes and gain from it; a rollout's shapes change until its window is full."""
-        modules["critic"].compile(dynamic=False)
+        """The scores run at few shapes and gain from it; a rollout's shapes change until its window is full.
+
+        A critic whose layers a discriminator reads stays as it is: compiled code passes the hooks by.
+        """
+        if self.discriminator is None:
+            modules["critic"].compile(dynamic=False)
         if self.teacher is not None and modules["critic"] is self.critic:
             self.teacher.compile(dynamic=False)
 
@@ -285,15 +290,17 @@ class SelfForcing(ArObjective):
         )
 
     def contexts(self, ids_BGL: Tensor, grad: bool) -> list[TextContext]:
-        """The student's text keys and values of each block; equal neighbours share one."""
-        out: list[TextContext] = []
+        """The student's text keys and values of each block, from one call (FSDP: all processes must make as many)."""
         with torch.set_grad_enabled(grad):
-            for block, ids_BL in enumerate(ids_BGL.unbind(1)):
-                if block and torch.equal(ids_BL, ids_BGL[:, block - 1]):
-                    out.append(out[-1])
-                else:
-                    out.append(self.model.encode_text(self.text.encode_ids(ids_BL[:, None])))
-        return out
+            text = self.model.encode_text(self.text.encode_ids(ids_BGL))
+        pooled = text.pooled_BGD
+        return [
+            TextContext(
+                [(k[:, block : block + 1], v[:, block : block + 1]) for k, v in text.kv],
+                None if pooled is None else pooled[:, block : block + 1],
+            )
+            for block in range(ids_BGL.shape[1])
+        ]
 
     def make(self, streams: Streams, grad: bool) -> tuple[Tensor, Tensor]:
         """A rollout -> (its window's x0 [B, F, C, H, W] float32, prompts of the window's blocks)."""

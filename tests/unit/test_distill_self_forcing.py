@@ -21,6 +21,7 @@ from streamgen_distill import long, self_forcing
 from streamgen_distill.dmd import dmd_loss
 from streamgen_distill.self_forcing import CRITIC, STUDENT, SelfForcing
 from streamgen_train import checkpoint
+from streamgen_train.config import from_dict
 from streamgen_train.loop import Trainer, train
 from streamgen_train.objectives import bidirectional
 from streamgen_train.objectives.bidirectional import whole_clip_x0
@@ -56,7 +57,6 @@ def values(runs: dict[str, Path], **changes: Any) -> dict[str, Any]:
         "validation_seconds": 3.0,
     }
     table = ar_values(runs["codec"], **(own | changes))
-    del table["sample_steps"]
     return table
 
 
@@ -197,6 +197,15 @@ def test_export_streams_with_renoising_and_lists_its_step_counts(runs: dict[str,
     assert not (tmp_path / "model" / "critic").exists()
     found = objective.validate(0, objective.modules())
     assert set(found) >= {"obeys_first", "obeys_last", "presence_last"}
+
+
+@pytest.mark.parametrize("kind", [self_forcing, long])
+def test_a_run_s_resolved_config_builds_it_again(runs: dict[str, Path], kind: Any) -> None:
+    """What `streamgen convert` does with the config.yaml of a run."""
+    config = kind.Config(**values(runs, train_steps=(4, 2), sample_steps=0))
+    assert config.sample_steps == 4
+    again = from_dict(kind.Config, dataclasses.asdict(config), "objective")
+    assert again == config
 
 
 def test_resumed_equals_uninterrupted(runs: dict[str, Path], tmp_path: Path) -> None:

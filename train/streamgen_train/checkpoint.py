@@ -258,10 +258,14 @@ def load_modules(path: Path, *, ema: bool = True) -> dict[str, dict[str, Tensor]
 
 
 def load_into(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    """The averaged weights of a run or checkpoint into modules of the same names; other modules in it are passed over
-    (a student starts without the critic of the stage before).
+    """The averaged weights of a run or checkpoint into modules of the same names."""
+    fill(modules, load_modules(path), path)
+
+
+def fill(modules: Mapping[str, nn.Module], held: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """Put weights that were read from `path` into modules of the same names; other modules among them are passed over
+    (a student starts without the critic of the stage before). UserError for weights that do not fit.
     """
-    held = load_modules(path)
     found = {key: tensors for key, tensors in held.items() if key in modules}
     check_fits({key: module.state_dict() for key, module in modules.items()}, found, path)
     for key, module in modules.items():

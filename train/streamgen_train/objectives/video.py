@@ -23,8 +23,9 @@ from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen.worlds import grammar, sprites
-from streamgen_train.checkpoint import load_into
+from streamgen_train.checkpoint import fill, load_modules
 from streamgen_train.clips import Clips, Kind, make_clips
+from streamgen_train.finer import finer_patches
 from streamgen_train.objective import Objective, Turn
 from streamgen_train.objectives.views import CLEAN, View
 from streamgen_train.pictures import pipeline_of, sample_sheet
@@ -127,7 +128,16 @@ class VideoObjective(Objective):
         """Read what the run needs from disk, once."""
         self.open_data()
         if self.config.init_from is not None:
-            load_into(Path(self.config.init_from), self.modules())
+            self.start_from(Path(self.config.init_from))
+
+    def start_from(self, path: Path) -> None:
+        """The averaged weights of a run, also of one with coarser patches (`finer_patches`)."""
+        held, c = load_modules(path), self.config.model
+        try:
+            held["transformer"] = finer_patches(held["transformer"], c.patch, c.place_grid)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"objective.init_from={path} cannot start this model: {error}") from error
+        fill(self.modules(), held, path)
 
     def open_data(self) -> None:
         """Codec and data."""
