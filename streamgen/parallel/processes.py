@@ -141,8 +141,9 @@ def joined(on_cuda: bool, timeout_s: float, *, group_of_one: bool = False) -> It
 
 
 def leave(code: int) -> NoReturn:
-    """End this process after an error without taking down its connections, which may hang or abort when others are
-    gone; the others notice by their being closed.
+    """End this process without taking down what torch's threads still hold. After an error, connections may hang or
+    abort when others are gone (the others notice by their being closed); after a good end, threads of the group that
+    are not joined sometimes abort the interpreter's exit ("terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()

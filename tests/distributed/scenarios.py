@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streamgen.errors import UserError
-from streamgen.parallel.processes import joined
+from streamgen.parallel.processes import joined, leave
 from streamgen_train.config import EmaConfig, LoraConfig, OptimConfig, TrainConfig
 from streamgen_train.loop import NonFiniteError, train
 from streamgen_train.objective import Turn
@@ -165,3 +165,4 @@ def main(folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

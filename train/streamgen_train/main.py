@@ -53,7 +53,7 @@ def exit_code(call: Callable[[], int], kind: str) -> int:
     speaks = rank_from_environment() == 0
     code, line = 1, ""
     try:
-        return call()
+        code = call()
     except UserError as error:
         code, line = 2, str(error)
     except (NonFiniteError, CheckpointError) as error:
@@ -69,7 +69,7 @@ def exit_code(call: Callable[[], int], kind: str) -> int:
             line, speaks = traceback.format_exc(), True
         else:
             raise
-    if speaks:
+    if speaks and line:
         print(f"streamgen {kind}: {line}", file=sys.stderr)
     if started_by_torchrun():
         leave(code)
