@@ -1,21 +1,24 @@
-"""Advance a stream by one block: the heart. Training, the command line and the server all call `rollout_block`.
+"""Advance a stream by one block: the heart. Training, the command line and the server all come through `BlockRun`.
 
     noise(seed, block, 0) -> [ model at sigma 0, re-noise, model at sigma 1, ... ] -> clean latents -> commit -> cache
 
+A BlockRun says which pass of the model comes next and what its result does. `rollout_block` runs them one after the
+other; the engine of the server puts passes of several streams, at whatever steps they are, into one forward.
 The few-step sampler is Self-Forcing's (arXiv 2506.08009, algorithm 1). Noise belongs to the cell
 (seed, block, step), so a block that was cancelled or failed can be made again, to the bit. Latents are BFCHW, float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from streamgen.cache import BlockCache, KVCache
+from streamgen.cache import BlockCache, KVCache, RowsCache
 from streamgen.codec import CodecState
 from streamgen.flow import Prediction, add_noise, euler_step, renoise, timestep_of, to_flow, to_x0
 from streamgen.geometry import VideoGeometry
@@ -59,10 +62,14 @@ class StreamState:
     """A launch of that block has begun and not ended; its prompt is fixed, for its transition may have been applied."""
     recent: Mapping[int, Tensor] = field(default_factory=dict)
     """Latent frame -> [B, C, H, W] as committed, for the frames that the cache holds: what a recache re-encodes."""
+    noise_source: Callable[[int, int], Tensor] | None = None
+    """(block, step) -> noise [B, F, C, H, W] from elsewhere (a recording), in place of the seeds'."""
 
     def noise(self, step: int, block: int | None = None) -> Tensor:
         """The noise of a cell (float32, [B, F, C, H, W]); of the next block by default."""
         g, block = self.geometry, self.position if block is None else block
+        if self.noise_source is not None:
+            return self.noise_source(block, step)
         shape = (g.block_size(block), g.latent_channels, g.latent_height, g.latent_width)
         device = self.cache.k.device
         return torch.stack([cell_noise(seed, block, step, shape, device=device) for seed in self.seeds])
@@ -77,6 +84,118 @@ def _euler(x_t: Tensor, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor
 
 
 SAMPLERS = {"renoise": _renoise, "euler": _euler}
+
+
+class Pass(NamedTuple):
+    """One forward that a stream waits for, at one noise level."""
+
+    latents_BFCHW: Tensor
+    sigma: float
+    text: TextContext
+    cache: BlockCache
+
+
+PassKind = Literal["recache", "step", "commit"]
+
+
+class BlockRun:
+    """The next block of a stream on its way: [recache], one step after the other, commit.
+
+    `waiting` is the pass to run; `take` gets its result. Between the two nothing changes that a second try would
+    miss: a pass that failed is asked for again. After the last step `latents` are final; after the commit `kind` is
+    None and the stream has advanced.
+    """
+
+    def __init__(
+        self,
+        state: StreamState,
+        text: TextContext,
+        sampling: Sampling,
+        *,
+        transition: str | None = None,
+        exit_step: int | None = None,
+    ) -> None:
+        self.state, self.text, self.sampling = state, text, sampling
+        self.last = len(sampling.sigmas) - 1 if exit_step is None else exit_step
+        self.step = 0
+        self.kind: PassKind | None = "step"
+        self.latents: Tensor | None = None
+        """Clean latents [B, F, C, H, W], once the last step is done."""
+        self._handle: BlockCache | None = None
+        self._x_t: Tensor | None = None
+        state.begun = True
+        if transition == "scene":
+            state.cache.reset()
+            state.recent = {}
+        elif transition == "recache" and _frames_to_recache(state, sampling):
+            self.kind = "recache"
+
+    @property
+    def passes_left(self) -> int:
+        """Passes until the latents are final; the commit is not among them."""
+        return int(self.kind == "recache") + (0 if self.kind == "commit" else self.last + 1 - self.step)
+
+    def waiting(self) -> Pass:
+        """The next pass."""
+        state, sampling = self.state, self.sampling
+        if self.kind == "recache":
+            window = torch.stack([state.recent[frame] for frame in _frames_to_recache(state, sampling)], dim=1)
+            self._handle = state.cache.begin_recache(protect_sink=sampling.protect_sink)
+            return Pass(window, sampling.context_noise, self.text, self._handle)
+        if self._handle is None:
+            frames = state.geometry.block_size(state.position)
+            self._handle = state.cache.begin(state.geometry.block_start(state.position), frames)
+        if self.kind == "step":
+            if self._x_t is None:
+                self._x_t = state.noise(0)
+            return Pass(self._x_t, sampling.sigmas[self.step], self.text, self._handle)
+        if self.latents is None:
+            raise ValueError("the block is done: nothing waits")
+        return Pass(_context(state, self.latents, sampling), sampling.context_noise, self.text, self._handle)
+
+    def take(self, asked: Pass, out: Tensor) -> None:
+        """The model's output for the pass that `waiting` gave."""
+        state, sampling = self.state, self.sampling
+        if self.kind == "recache":
+            state.cache.commit(asked.cache)
+            self.kind, self._handle = "step", None
+        elif self.kind == "commit":
+            _keep(state, asked.cache, asked.latents_BFCHW)
+            self.kind = None
+        elif self.step == self.last:
+            x0 = to_x0(out, asked.latents_BFCHW, asked.sigma, sampling.prediction)
+            if not bool(torch.isfinite(x0).all()):
+                raise FloatingPointError(f"block {state.position}: the denoised latents are not finite")
+            self.latents, self.kind = x0, "commit"
+        else:
+            x0 = to_x0(out, asked.latents_BFCHW, asked.sigma, sampling.prediction)
+            there, eps = sampling.sigmas[self.step + 1], state.noise(self.step + 1)
+            self._x_t = SAMPLERS[sampling.sampler](asked.latents_BFCHW, x0, asked.sigma, there, eps)
+            self.step += 1
+
+
+def run_passes(model: CausalWanModel, passes: Sequence[Pass]) -> list[Tensor]:
+    """The model's output for each pass, from one forward. Passes of one forward have equal latent shapes [F, C, H, W]
+    and one text group each; they may stand at different noise levels, prompts, positions and cache lengths.
+    """
+    if len(passes) == 1:
+        asked = passes[0]
+        return [model(asked.latents_BFCHW, _timestep(asked), asked.text, cache=asked.cache)]
+    latents_BFCHW = torch.cat([asked.latents_BFCHW for asked in passes])
+    timestep_B1 = torch.cat([_timestep(asked) for asked in passes])
+    cache = RowsCache([asked.cache for asked in passes])
+    out = model(latents_BFCHW, timestep_B1, stack_texts([asked.text for asked in passes]), cache=cache)
+    return list(out.split([len(asked.latents_BFCHW) for asked in passes]))
+
+
+def stack_texts(texts: Sequence[TextContext]) -> TextContext:
+    """Contexts of several rows, one below the other."""
+    kv = [
+        (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+        for layer in zip(*(context.kv for context in texts), strict=True)
+    ]
+    pooled = [context.pooled_BGD for context in texts if context.pooled_BGD is not None]
+    return TextContext(kv, torch.cat(pooled) if pooled else None)
 
 
 def rollout_block(
@@ -101,55 +220,36 @@ def rollout_block(
     cancelled: asked between passes; True raises Cancelled. mark: told "enter", "denoise" or "commit" after each stage.
     emit: gets the latents before the commit pass, so that frames need not wait for it; if it raises, nothing advanced.
     """
-    last = len(sampling.sigmas) - 1 if exit_step is None else exit_step
-    state.begun = True
-    enter_block(model, state, text, sampling, transition)
+    run = BlockRun(state, text, sampling, transition=transition, exit_step=exit_step)
+    enter_block(model, run)
     mark("enter")
-    frames = state.geometry.block_size(state.position)
-    block = state.cache.begin(state.geometry.block_start(state.position), frames)
-
-    x_t = state.noise(0)
-    for step in range(last + 1):
+    while run.kind == "step":
         _stop_if(cancelled, state)
-        sigma = sampling.sigmas[step]
-        graded = grad and step == last
-        run = _run_checkpointed if graded and checkpointed else _run
+        graded = grad and run.step == run.last
+        asked = run.waiting()
         with torch.set_grad_enabled(graded):
-            x0 = to_x0(run(model, x_t, sigma, text, block), x_t, sigma, sampling.prediction)
+            out = _run_checkpointed(model, asked) if graded and checkpointed else run_passes(model, [asked])[0]
+            run.take(asked, out)
         mark("denoise")
-        if step < last:
-            following = sampling.sigmas[step + 1]
-            x_t = SAMPLERS[sampling.sampler](x_t, x0, sigma, following, state.noise(step + 1))
 
     _stop_if(cancelled, state)
-    if not bool(torch.isfinite(x0).all()):
-        raise FloatingPointError(f"block {state.position}: the denoised latents are not finite")
-    emit(x0)
-    commit_block(model, state, block, x0, text, sampling)
+    assert run.latents is not None
+    emit(run.latents)
+    with torch.no_grad():
+        asked = run.waiting()
+        run.take(asked, run_passes(model, [asked])[0])
     mark("commit")
-    return x0
+    return run.latents
 
 
 @torch.no_grad()
-def enter_block(
-    model: CausalWanModel,
-    state: StreamState,
-    text: TextContext,
-    sampling: Sampling,
-    transition: str | None,
-) -> None:
-    """Apply a prompt's transition to the cache. Doing it again changes nothing, so a block may be tried again."""
-    if transition == "scene":
-        state.cache.reset()
-        state.recent = {}
-    elif transition == "recache":
-        sink = state.cache.spec.sink_frames if sampling.protect_sink else 0
-        frames = state.cache.frames[sink:]
-        if frames:
-            window = torch.stack([state.recent[frame] for frame in frames], dim=1)
-            block = state.cache.begin_recache(protect_sink=sampling.protect_sink)
-            _run(model, window, sampling.context_noise, text, block)
-            state.cache.commit(block)
+def enter_block(model: CausalWanModel, run: BlockRun) -> None:
+    """Apply the prompt's transition to the cache, where it needs a pass. Doing it again changes nothing, so a block
+    may be tried again.
+    """
+    while run.kind == "recache":
+        asked = run.waiting()
+        run.take(asked, run_passes(model, [asked])[0])
 
 
 @torch.no_grad()
@@ -162,11 +262,26 @@ def commit_block(
     sampling: Sampling,
 ) -> None:
     """The pass that leaves the block's clean keys and values in the cache, then the stream's step to the next block."""
+    asked = Pass(_context(state, latents, sampling), sampling.context_noise, text, block)
+    run_passes(model, [asked])
+    _keep(state, block, asked.latents_BFCHW)
+
+
+def _frames_to_recache(state: StreamState, sampling: Sampling) -> list[int]:
+    """The latent frames that a change of prompt re-encodes: what the cache holds, but for a protected sink."""
+    return state.cache.frames[state.cache.spec.sink_frames if sampling.protect_sink else 0 :]
+
+
+def _context(state: StreamState, latents: Tensor, sampling: Sampling) -> Tensor:
+    """What the commit pass looks at: the block's latents, with a little noise where the model wants it."""
     context = latents.detach()
     if sampling.context_noise:
-        eps = state.noise(len(sampling.sigmas))
-        context = add_noise(context, eps, sampling.context_noise)
-    _run(model, context, sampling.context_noise, text, block)
+        context = add_noise(context, state.noise(len(sampling.sigmas)), sampling.context_noise)
+    return context
+
+
+def _keep(state: StreamState, block: BlockCache, context: Tensor) -> None:
+    """After the commit pass: the block belongs to the past, and the stream stands at the next one."""
     state.cache.commit(block)
     start = state.geometry.block_start(state.position)
     recent = {**state.recent, **{start + i: frame for i, frame in enumerate(context.unbind(1))}}
@@ -175,17 +290,15 @@ def commit_block(
     state.begun = False
 
 
-def _run(model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, block: BlockCache) -> Tensor:
-    """One pass at one noise level for all frames."""
-    timestep = torch.full((x_t.shape[0], 1), timestep_of(sigma), device=x_t.device)
-    return model(x_t, timestep, text, cache=block)
+def _timestep(asked: Pass) -> Tensor:
+    """[B, 1]: one noise level for all frames."""
+    return torch.full((len(asked.latents_BFCHW), 1), timestep_of(asked.sigma), device=asked.latents_BFCHW.device)
 
 
-def _run_checkpointed(model: CausalWanModel, x_t: Tensor, sigma: float, text: TextContext, block: BlockCache) -> Tensor:
+def _run_checkpointed(model: CausalWanModel, asked: Pass) -> Tensor:
     """The same with activation checkpointing: what it saw of the cache is copied, for the cache moves on meanwhile."""
-    timestep = torch.full((x_t.shape[0], 1), timestep_of(sigma), device=x_t.device)
-    seen = block.snapshot()
-    return checkpoint(model, x_t, timestep, text, cache=seen, use_reentrant=False)
+    seen = asked.cache.snapshot()
+    return checkpoint(model, asked.latents_BFCHW, _timestep(asked), asked.text, cache=seen, use_reentrant=False)
 
 
 def _stop_if(cancelled: Callable[[], bool], state: StreamState) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from streamgen.codec import CodecState
 from streamgen.errors import UserError
 from streamgen.pixels import to_uint8
-from streamgen.rollout import Cancelled, StreamState, rollout_block
+from streamgen.rollout import BlockRun, Cancelled, Sampling, StreamState, rollout_block
 from streamgen.timeline import Cue, PromptTimeline
 from streamgen.transformer import TextContext
 from streamgen.weights import save_tree, user_errors
@@ -64,8 +64,25 @@ class PromptReceipt:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A stream at a block's edge, to be turned back to: all but its prompts. Holds copies of the cache."""
+
+    position: int
+    cache: dict[str, Any]
+    recent: Mapping[int, Tensor]
+    codec: CodecState | None
+
+    def nbytes(self) -> int:
+        held = [self.cache["k"], self.cache["v"], *self.recent.values(), *(self.codec or {}).values()]
+        return sum(tensor.nbytes for tensor in held)
+
+
 class Stream(Iterator[Block]):
-    """One viewer's video. Iterate for blocks; `prompt` and `cancel` may be called from any thread meanwhile."""
+    """One viewer's video. Iterate for blocks; `prompt` and `cancel` may be called from any thread meanwhile.
+
+    Whoever runs passes of several streams together takes `begin`, `decode` and the BlockRun between them instead.
+    """
 
     def __init__(
         self,
@@ -85,7 +102,6 @@ class Stream(Iterator[Block]):
             raise UserError(f"max_blocks is {max_blocks}; it must be at least 1")
         for count in {steps, steps if first_steps is None else first_steps}:
             self._check_steps(count)
-        self._sampling = {count: pipe.sampling(count) for count in {steps, first_steps or steps}}
 
     @classmethod
     def from_state(cls, pipe: StreamPipeline, saved: Mapping[str, Any], max_blocks: int | None) -> Stream:
@@ -127,9 +143,7 @@ class Stream(Iterator[Block]):
         state = self.state
         if self._cancelled.is_set() or (self.max_blocks is not None and state.position >= self.max_blocks):
             raise StopIteration
-        with self._lock:  # from here on the block's prompt is fixed
-            state.begun = True
-            cue = self.timeline.at(state.position)
+        cue = self._fix_cue()
         clock = _Clock(self.pipe.device)
         text = self._texts.context(self.timeline, cue)
         text_ms = clock.lap()
@@ -137,9 +151,7 @@ class Stream(Iterator[Block]):
         decoded: list[tuple[np.ndarray, CodecState]] = []
 
         def decode(latents: Tensor) -> None:
-            with torch.no_grad():
-                video, codec_state = self.pipe.codec.decode_stream(latents, state.codec)
-                decoded.append((to_uint8(video)[0].cpu().numpy(), codec_state))
+            decoded.append(self.decode(latents))
             laps["decode"].append(clock.lap())
 
         index = state.position
@@ -148,7 +160,7 @@ class Stream(Iterator[Block]):
                 self.pipe.transformer,
                 state,
                 text,
-                self._sampling[(self.first_steps or self.steps) if index == 0 else self.steps],
+                self._sampling(None),
                 transition=cue.transition,
                 cancelled=self._cancelled.is_set,
                 mark=lambda stage: laps[stage].append(clock.lap()),
@@ -172,6 +184,47 @@ class Stream(Iterator[Block]):
             prompt_version=cue.version,
             timing=timing,
         )
+
+    def begin(self, steps: int | None = None) -> tuple[Cue, BlockRun]:
+        """The next block, to be run pass by pass; from here on its prompt is fixed. steps: other than the stream's."""
+        cue = self._fix_cue()
+        text = self._texts.context(self.timeline, cue)
+        return cue, BlockRun(self.state, text, self._sampling(steps), transition=cue.transition)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> tuple[np.ndarray, CodecState]:
+        """A block's latents -> frames, uint8 [frames, H, W, 3], and the codec's state after them.
+
+        The state belongs into `state.codec` once the block is committed, so that both stand at the same block.
+        """
+        video, codec_state = self.pipe.codec.decode_stream(latents, self.state.codec)
+        return to_uint8(video)[0].cpu().numpy(), codec_state
+
+    def snapshot(self) -> Snapshot:
+        """Where the stream stands, between blocks."""
+        state = self.state
+        return Snapshot(position=state.position, cache=state.cache.state_dict(), recent=state.recent, codec=state.codec)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Turn back to where a snapshot was taken; what follows is made again, to the bit."""
+        state = self.state
+        state.cache.load_state_dict(snapshot.cache)
+        state.position, state.recent, state.codec, state.begun = (
+            snapshot.position,
+            snapshot.recent,
+            snapshot.codec,
+            False,
+        )
+
+    def _fix_cue(self) -> Cue:
+        with self._lock:
+            self.state.begun = True
+            return self.timeline.at(self.state.position)
+
+    def _sampling(self, steps: int | None) -> Sampling:
+        if steps is None:
+            steps = self.first_steps if self.first_steps and self.state.position == 0 else self.steps
+        return self.pipe.sampling(steps)
 
     def prompt(
         self,
@@ -260,9 +313,7 @@ class _Texts:
         if self._context is None or cue.mix != self._mix:
             old = self._rows
             self._rows = {
-                version: old[version]
-                if version in old
-                else self._pipe.text.encode([timeline.prompts[version].prompt]).float()
+                version: old[version] if version in old else self._pipe.text.encode([timeline.text_of(version)]).float()
                 for version, _ in cue.mix
             }
             mixed = torch.stack([share * self._rows[version] for version, share in cue.mix]).sum(0)

@@ -1,6 +1,6 @@
 """Prompts over time: which text holds at which block, and how one takes over from the other.
 
-A version is the index of a prompt in the order of arrival; 0 is the prompt that the stream began with. Transitions:
+A version is the number of a prompt in the order of arrival; 0 is the prompt that the stream began with. Transitions:
     cut      the new text from its block on; the cache keeps what it holds
     recache  as cut, and the window is first re-encoded under the new text (LongLive, arXiv 2509.22622)
     blend    text embeddings interpolated over `blend_blocks` blocks; the last of them has the new text alone
@@ -29,6 +29,7 @@ class Prompt:
 
     block: int
     prompt: str
+    version: int = 0
     transition: str = "cut"
     blend_blocks: int = 1
 
@@ -46,10 +47,15 @@ class Cue:
 
 
 class PromptTimeline:
-    """Prompts in the order of their blocks; only grows, and only at blocks that have not begun."""
+    """Prompts in the order of their blocks; it grows only at blocks that have not begun.
+
+    A stream that is turned back may give up its later prompts (`cut_from`); their versions are not used again.
+    """
 
     def __init__(self, prompt: str) -> None:
         self.prompts = [Prompt(block=0, prompt=prompt)]
+        self.versions = 1
+        """How many there have been."""
 
     def add(
         self,
@@ -77,35 +83,43 @@ class PromptTimeline:
                 "which already has a prompt; give them in the order of their time"
             )
         blends = blend_blocks if transition == "blend" else 1
-        self.prompts.append(Prompt(block=block, prompt=prompt, transition=transition, blend_blocks=blends))
-        return len(self.prompts) - 1
+        version, self.versions = self.versions, self.versions + 1
+        self.prompts.append(
+            Prompt(block=block, prompt=prompt, version=version, transition=transition, blend_blocks=blends)
+        )
+        return version
+
+    def cut_from(self, block: int) -> None:
+        """Forget the prompts for `block` and later; the first prompt of all stays."""
+        self.prompts = [entry for entry in self.prompts if entry.block < block or entry.version == 0]
+
+    def text_of(self, version: int) -> str:
+        return next(entry.prompt for entry in self.prompts if entry.version == version)
 
     def at(self, block: int) -> Cue:
         """The cue of a block: a pure function of the prompts."""
-        version = self._version(block)
-        entry = self.prompts[version]
-        starts = block == entry.block and version > 0
+        entry = self._entry(block)
+        starts = block == entry.block and entry.version > 0
         return Cue(
-            version=version,
+            version=entry.version,
             prompt=entry.prompt,
             transition=entry.transition if starts else None,
             mix=self._mix(block),
         )
 
-    def _version(self, block: int) -> int:
-        return bisect_right(self.prompts, block, key=lambda entry: entry.block) - 1
+    def _entry(self, block: int) -> Prompt:
+        return self.prompts[bisect_right(self.prompts, block, key=lambda entry: entry.block) - 1]
 
     def _mix(self, block: int) -> tuple[tuple[int, float], ...]:
         """Follow unfinished blends back: each one started from the mixture of the block before it."""
         shares: list[tuple[int, float]] = []
         rest = 1.0
         while True:
-            version = self._version(block)
-            entry = self.prompts[version]
+            entry = self._entry(block)
             done = min(1.0, (block - entry.block + 1) / entry.blend_blocks) if entry.block else 1.0
             if rest * (1 - done) < NEGLIGIBLE_SHARE:
-                return (*shares, (version, rest))
-            shares.append((version, rest * done))
+                return (*shares, (entry.version, rest))
+            shares.append((entry.version, rest * done))
             rest *= 1 - done
             block = entry.block - 1
 
@@ -115,5 +129,6 @@ class PromptTimeline:
     @classmethod
     def from_state(cls, state: list[dict[str, Any]]) -> PromptTimeline:
         timeline = cls("")
-        timeline.prompts = [Prompt(**entry) for entry in state]
+        timeline.prompts = [Prompt(**{"version": number, **entry}) for number, entry in enumerate(state)]
+        timeline.versions = 1 + max(entry.version for entry in timeline.prompts)
         return timeline

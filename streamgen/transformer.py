@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamgen.attention import attend
+from streamgen.cache.rows import RowsCache
 from streamgen.ops import Ops, select
 
 
@@ -101,7 +102,7 @@ class Call(NamedTuple):
     """What one forward hands to every block."""
 
     rope: tuple[Tensor, Tensor]
-    cache: BlockCache | None
+    cache: BlockCache | RowsCache | None
     mask_TS: Tensor | None
     text_repeats: int
     ops: Ops
@@ -149,10 +150,14 @@ class SelfAttention(Attention):
         v_BNSK = self.v(x_BTD).unflatten(-1, (N, -1)).transpose(1, 2)
         if call.cache is None:
             k_BNSK = ops.rms_norm_rope(self.k(x_BTD), weight_of(self.norm_k), eps, N, *call.rope)
+            out_BNTK = attend(q_BNTK, k_BNSK, v_BNSK, call.mask_TS, call.attention_backend)
         else:
             k_BNTK = ops.rms_norm(self.k(x_BTD), weight_of(self.norm_k), eps, N)
-            k_BNSK, v_BNSK = call.cache.append(layer, k_BNTK, v_BNSK)
-        out_BNTK = attend(q_BNTK, k_BNSK, v_BNSK, call.mask_TS, call.attention_backend)
+            if isinstance(call.cache, RowsCache):
+                out_BNTK = call.cache.attend(layer, q_BNTK, k_BNTK, v_BNSK, call.attention_backend)
+            else:
+                seen = call.cache.append(layer, k_BNTK, v_BNSK)
+                out_BNTK = attend(q_BNTK, *seen, call.mask_TS, call.attention_backend)
         return self.o(out_BNTK.transpose(1, 2).flatten(2))
 
 
@@ -282,7 +287,7 @@ class CausalWanModel(nn.Module):
         text: TextContext,
         *,
         rope: tuple[Tensor, Tensor] | None = None,
-        cache: BlockCache | None = None,
+        cache: BlockCache | RowsCache | None = None,
         mask: Tensor | None = None,
         text_repeats: int = 1,
     ) -> Tensor:
@@ -301,17 +306,31 @@ class CausalWanModel(nn.Module):
         groups = text.kv[0][0].shape[1]
         if F_ % (groups * text_repeats):
             raise ValueError(f"{F_} frames: must be a multiple of {groups} text groups x {text_repeats} repeats")
-        x_BFSD = self._patchify(latents_BFCHW)
-        if self.place_embedding is not None:
-            x_BFSD = x_BFSD + self.place_embedding
-        e_BFD = self._time(timestep_BF, text, F_ // (groups * text_repeats), text_repeats)
-        e0_BF6D = self.time_projection(e_BFD).unflatten(2, (6, -1))
+        x_BFSD = self.embed(latents_BFCHW)
+        e_BFD = self.embed_time(timestep_BF, text, F_ // (groups * text_repeats), text_repeats)
         call = Call(rope, cache, mask, text_repeats, self.ops, self.attention_backend)
-        for layer, block in enumerate(self.blocks):
-            x_BFSD = block(x_BFSD, e0_BF6D, text.kv[layer], layer, call)
+        x_BFSD = self.run_layers(x_BFSD, e_BFD, text, call, range(len(self.blocks)))
+        return self.unembed(x_BFSD, e_BFD, latents_BFCHW)
+
+    # The parts of `forward`, in order, for those that spread layers over processes.
+
+    def embed(self, latents_BFCHW: Tensor) -> Tensor:
+        """Tokens [B, F, S, D]."""
+        x_BFSD = self._patchify(latents_BFCHW)
+        return x_BFSD if self.place_embedding is None else x_BFSD + self.place_embedding
+
+    def run_layers(self, x_BFSD: Tensor, e_BFD: Tensor, text: TextContext, call: Call, layers: range) -> Tensor:
+        """Some consecutive layers. e_BFD: of `embed_time`."""
+        e0_BF6D = self.time_projection(e_BFD).unflatten(2, (6, -1))
+        for layer in layers:
+            x_BFSD = self.blocks[layer](x_BFSD, e0_BF6D, text.kv[layer], layer, call)
+        return x_BFSD
+
+    def unembed(self, x_BFSD: Tensor, e_BFD: Tensor, latents_BFCHW: Tensor) -> Tensor:
+        """The output [B, F, out_channels, H, W]; of `latents_BFCHW` only rows, columns and dtype count."""
         return self._unpatchify(self.head(x_BFSD, e_BFD, self.ops), latents_BFCHW)
 
-    def _time(self, timestep_BF: Tensor, text: TextContext, group_frames: int, text_repeats: int) -> Tensor:
+    def embed_time(self, timestep_BF: Tensor, text: TextContext, group_frames: int, text_repeats: int) -> Tensor:
         """The time MLP's output e [B, F, D] ([B, 1, D] when one row serves all frames), with the pooled text."""
         e_BFD = self.time_embedding(sinusoid(timestep_BF, self.config.freq_dim).to(self.head.modulation.dtype))
         if text.pooled_BGD is None:

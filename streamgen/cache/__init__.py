@@ -2,6 +2,7 @@
 
 from streamgen.cache.kv import BlockCache, CacheSpec, KVCache, Policy
 from streamgen.cache.relative import RELATIVE
+from streamgen.cache.rows import RowsCache
 from streamgen.cache.window import WINDOW
 
 POLICIES = {policy.name: policy for policy in (WINDOW, RELATIVE)}
@@ -14,4 +15,4 @@ def policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "BlockCache", "CacheSpec", "KVCache", "Policy", "policy"]
+__all__ = ["POLICIES", "BlockCache", "CacheSpec", "KVCache", "Policy", "RowsCache", "policy"]

@@ -10,7 +10,7 @@ from streamgen.cache import POLICIES, CacheSpec, KVCache
 from streamgen.flow import add_noise, step_sigmas
 from streamgen.geometry import VideoGeometry
 from streamgen.noise import cell_noise
-from streamgen.rollout import Cancelled, Sampling, StreamState, enter_block, rollout_block
+from streamgen.rollout import BlockRun, Cancelled, Sampling, StreamState, enter_block, rollout_block
 from streamgen.rope import apply_rope, rope_table
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 
@@ -204,7 +204,7 @@ def test_recache_rewrites_the_window_under_the_new_text_and_nothing_else(model: 
     roll(model, state, 6)
     before, latents = state.cache.state_dict(), dict(state.recent)
     text = text_of(model, 1)
-    enter_block(model, state, text, SAMPLING, "recache")
+    enter_block(model, BlockRun(state, text, SAMPLING, transition="recache"))
     after = state.cache.state_dict()
     tokens = GRID[0] * GRID[1]
     sink = slice(0, SINK * tokens)
@@ -233,7 +233,8 @@ def test_unprotected_recache_rewrites_the_sink_too(model: CausalWanModel) -> Non
     state = new_state()
     roll(model, state, 6)
     before = state.cache.state_dict()
-    enter_block(model, state, text_of(model, 1), Sampling(sigmas=SAMPLING.sigmas, protect_sink=False), "recache")
+    free = Sampling(sigmas=SAMPLING.sigmas, protect_sink=False)
+    enter_block(model, BlockRun(state, text_of(model, 1), free, transition="recache"))
     sink = slice(0, SINK * GRID[0] * GRID[1])
     assert (state.cache.state_dict()["k"][1, :, :, sink] - before["k"][1, :, :, sink]).abs().max() > 1e-3
 
