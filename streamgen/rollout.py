@@ -130,6 +130,10 @@ class BlockRun:
         elif transition == "recache" and _frames_to_recache(state, sampling):
             self.kind = "recache"
 
+    def use(self, sampling: Sampling) -> None:
+        """Other steps, before the first one is made."""
+        self.sampling, self.last = sampling, len(sampling.sigmas) - 1
+
     @property
     def passes_left(self) -> int:
         """Passes until the latents are final; the commit is not among them."""

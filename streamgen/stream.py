@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,10 @@ class Snapshot:
     recent: Mapping[int, Tensor]
     codec: CodecState | None
 
+    def with_codec(self, codec: CodecState | None) -> Snapshot:
+        """The same with the codec's state of the same block, which may come later."""
+        return replace(self, codec=codec)
+
     def nbytes(self) -> int:
         held = [self.cache["k"], self.cache["v"], *self.recent.values(), *(self.codec or {}).values()]
         return sum(tensor.nbytes for tensor in held)
@@ -101,7 +105,7 @@ class Stream(Iterator[Block]):
         if max_blocks is not None and max_blocks < 1:
             raise UserError(f"max_blocks is {max_blocks}; it must be at least 1")
         for count in {steps, steps if first_steps is None else first_steps}:
-            self._check_steps(count)
+            self.check_steps(count)
 
     @classmethod
     def from_state(cls, pipe: StreamPipeline, saved: Mapping[str, Any], max_blocks: int | None) -> Stream:
@@ -200,6 +204,17 @@ class Stream(Iterator[Block]):
         video, codec_state = self.pipe.codec.decode_stream(latents, self.state.codec)
         return to_uint8(video)[0].cpu().numpy(), codec_state
 
+    def change(self, text: str, transition: str, block: int, *, blend_blocks: int = 4) -> int:
+        """Let a prompt hold from `block` on, also a block that was made and will be made again -> its version.
+
+        Prompts of blocks from there on that have begun are given up, those for later blocks stay.
+        """
+        self.check_prompt(text)
+        with self._lock:
+            begun = self.state.position + int(self.state.begun)
+            self.timeline.cut(block, begun)
+            return self.timeline.add(text, block, transition, blend_blocks=blend_blocks, insert=True)
+
     def snapshot(self) -> Snapshot:
         """Where the stream stands, between blocks."""
         state = self.state
@@ -256,9 +271,16 @@ class Stream(Iterator[Block]):
         """End the iteration before its next pass. The state stays at the last whole block, for saving or resuming."""
         self._cancelled.set()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the video depends on: JSON values and tensors. Call it between blocks."""
+    def state_dict(self, at: Snapshot | None = None) -> dict[str, Any]:
+        """Everything that the rest of the video depends on: JSON values and tensors.
+
+        As it stands between blocks, or as it stood at a snapshot (at any time).
+        """
         state = self.state
+        if at is None:
+            at, begun = self.snapshot(), state.begun
+        else:
+            begun = False
         saved: dict[str, Any] = {
             "format": STATE_FORMAT,
             "model": self.pipe.fingerprint,
@@ -267,22 +289,22 @@ class Stream(Iterator[Block]):
             "steps": self.steps,
             "first_steps": self.first_steps,
             "seeds": list(state.seeds),
-            "position": state.position,
-            "begun": state.begun,
+            "position": at.position,
+            "begun": begun,
             "timeline": self.timeline.state_dict(),
-            "cache": state.cache.state_dict(),
+            "cache": at.cache,
         }
-        if state.recent:
-            saved["recent"] = torch.stack(list(state.recent.values()), dim=1)
-        if state.codec is not None:
-            saved["codec"] = {name: t.clone() for name, t in state.codec.items()}
+        if at.recent:
+            saved["recent"] = torch.stack(list(at.recent.values()), dim=1)
+        if at.codec is not None:
+            saved["codec"] = {name: t.clone() for name, t in at.codec.items()}
         return saved
 
     def save_state(self, path: str | Path) -> None:
         """Write `state_dict` to one file, whole or not at all."""
         save_tree(self.state_dict(), Path(path), STATE_MARK)
 
-    def _check_steps(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:
         if not 1 <= steps <= MAX_STEPS:
             raise UserError(f"steps is {steps}; it must be 1 to {MAX_STEPS}")
         trained = self.pipe.scheduler.trained_steps

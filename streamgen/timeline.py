@@ -49,7 +49,7 @@ class Cue:
 class PromptTimeline:
     """Prompts in the order of their blocks; it grows only at blocks that have not begun.
 
-    A stream that is turned back may give up its later prompts (`cut_from`); their versions are not used again.
+    A stream that is turned back may give up its later prompts (`cut`); their versions are not used again.
     """
 
     def __init__(self, prompt: str) -> None:
@@ -65,10 +65,12 @@ class PromptTimeline:
         *,
         blend_blocks: int = 4,
         earliest: int = 0,
+        insert: bool = False,
     ) -> int:
         """Let `prompt` hold from `block` on and return its version; of two prompts for one block the later holds.
 
-        `earliest` is the first block that has not begun. UserError for a block before it or before the last prompt's.
+        `earliest` is the first block that has not begun. UserError for a block before it, and unless `insert` for one
+        before the last prompt's.
         """
         if transition not in TRANSITIONS:
             raise UserError(f"unknown transition {transition!r}; there are: {', '.join(TRANSITIONS)}")
@@ -77,21 +79,26 @@ class PromptTimeline:
         if block < earliest:
             raise UserError(f"a prompt for block {block} comes too late: the earliest block is {earliest}")
         last = self.prompts[-1].block
-        if block < last:
+        if block < last and not insert:
             raise UserError(
                 f"prompts are out of order: block {block} comes before block {last}, "
                 "which already has a prompt; give them in the order of their time"
             )
         blends = blend_blocks if transition == "blend" else 1
         version, self.versions = self.versions, self.versions + 1
-        self.prompts.append(
-            Prompt(block=block, prompt=prompt, version=version, transition=transition, blend_blocks=blends)
-        )
+        entry = Prompt(block=block, prompt=prompt, version=version, transition=transition, blend_blocks=blends)
+        # A new list: other threads may be reading the old one.
+        place = bisect_right(self.prompts, block, key=lambda other: other.block)
+        self.prompts = [*self.prompts[:place], entry, *self.prompts[place:]]
         return version
 
-    def cut_from(self, block: int) -> None:
-        """Forget the prompts for `block` and later; the first prompt of all stays."""
-        self.prompts = [entry for entry in self.prompts if entry.block < block or entry.version == 0]
+    def cut(self, start: int, stop: int | None = None) -> None:
+        """Forget the prompts for the blocks [start, stop), by default all from `start` on; the first of all stays."""
+        self.prompts = [
+            entry
+            for entry in self.prompts
+            if entry.version == 0 or entry.block < start or (stop is not None and entry.block >= stop)
+        ]
 
     def text_of(self, version: int) -> str:
         return next(entry.prompt for entry in self.prompts if entry.version == version)

@@ -8,51 +8,64 @@ one stream, never of its neighbours. The engine knows no clock and no deadlines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from streamgen.codec import CodecState
 from streamgen.pipeline import StreamPipeline
 from streamgen.rollout import BlockRun, run_passes
 from streamgen.stream import Stream
 from streamgen.timeline import Cue
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A block whose last step is done."""
+
+    index: int
+    latents: Tensor
+    cue: Cue
+    steps: int
+
+
 class Work:
-    """A stream in the engine's hands, and the block that it is making."""
+    """A stream in the engine's hands: the block that it is making, and the one that waits for the codec."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.cue: Cue | None = None
         self.run: BlockRun | None = None
-        self.steps = 0
-        self.decoded: tuple[np.ndarray, CodecState] | None = None
+        self.finished: Finished | None = None
+        """Its commit, and all passes of the next block but the last, need not wait for the codec."""
+        self.cue: Cue | None = None
 
-    def begin(self, steps: int) -> None:
-        """Open the stream's next block."""
+    def begin(self, steps: int | None = None) -> None:
+        """Open the stream's next block; steps: other than the stream's own."""
+        assert self.run is None
         self.cue, self.run = self.stream.begin(steps)
-        self.steps, self.decoded = steps, None
+
+    def choose_steps(self, steps: int) -> None:
+        """The number of steps of a block that has not made its first one."""
+        assert self.run is not None and self.run.step == 0 and self.run.kind != "commit"
+        self.run.use(self.stream.pipe.sampling(steps))
 
     def drop(self) -> None:
-        """Give the block in progress up: the stream stands where it stood before, its prompt may change again."""
-        self.cue = self.run = self.decoded = None
+        """Give up what is in progress: the stream stands at its last commit, its prompt may change again."""
+        self.cue = self.run = self.finished = None
         self.stream.state.begun = False
 
-    @property
-    def decodable(self) -> bool:
-        return self.run is not None and self.run.kind == "commit" and self.decoded is None
-
-    @property
-    def done(self) -> bool:
-        """Committed and decoded: `close_block` may follow."""
-        return self.run is not None and self.run.kind is None and self.decoded is not None
-
-    def close_block(self) -> None:
-        """The block is finished: the codec's state follows the cache's, and another may begin."""
-        assert self.done and self.decoded is not None
-        self.stream.state.codec = self.decoded[1]
-        self.cue = self.run = self.decoded = None
+    def advanced(self) -> bool:
+        """After a pass: note what it finished; True when the block is committed and another may begin."""
+        run = self.run
+        assert run is not None and self.cue is not None
+        if run.kind is None:
+            self.cue = self.run = None
+            return True
+        if run.kind == "commit":
+            assert run.latents is not None and self.finished is None, "one block waits for the codec at most"
+            self.finished = Finished(self.stream.state.position, run.latents, self.cue, run.last + 1)
+        return False
 
 
 class Engine:
@@ -82,7 +95,7 @@ class Engine:
                 torch.cuda.empty_cache()
             failed = self.forward(works[:half])
             return failed | {half + place: e for place, e in self.forward(works[half:]).items()}
-        failed = {}
+        failed: dict[int, Exception] = {}
         for place, (run, one, out) in enumerate(zip(runs, asked, outputs, strict=True)):
             assert run is not None
             try:
@@ -92,10 +105,11 @@ class Engine:
         return failed
 
     def decode(self, work: Work) -> np.ndarray:
-        """The frames of a block whose last step is done, uint8 [frames, H, W, 3]."""
-        assert work.run is not None and work.run.latents is not None
-        work.decoded = work.stream.decode(work.run.latents)
-        return work.decoded[0]
+        """The frames of the block that waits for the codec, uint8 [frames, H, W, 3]; none waits then."""
+        assert work.finished is not None
+        frames, work.stream.state.codec = work.stream.decode(work.finished.latents)
+        work.finished = None
+        return frames
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

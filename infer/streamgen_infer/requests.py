@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 ApplyAt = Literal["next_block", "playhead"]
 """When a change holds: at the first block that has not begun, or at the first one that the viewer has not seen."""
 
+EventKind = Literal["applied", "degraded", "restored", "ended", "failed"]
+
 # Flags of a block: what was done to hold its deadline. They are bits, in the order of the degrading ladder.
 FEWER_STEPS = 1
 PREVIEW_CODEC = 2
@@ -83,7 +85,7 @@ class Receipt:
 class StreamEvent:
     """Something happened to a stream that is not a block."""
 
-    kind: Literal["applied", "ended", "failed", "degraded", "restored"]
+    kind: EventKind
     block: int
     version: int | None = None
     """With `applied`: of the prompt that this block is the first to use."""

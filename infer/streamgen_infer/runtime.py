@@ -1,0 +1,412 @@
+"""Streams of one model on this machine, live: a thread that runs what the scheduler chooses, while viewers come and go.
+
+    open, prompt, seek ... (any thread) --> numbers in LiveStream, under one lock
+    the thread: [turn back what was asked] -> views -> scheduler.choose -> engine launch -> costs, frames, events
+
+Tensors belong to the thread. The lock is not held during a launch, nor while a viewer's callback runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from streamgen.errors import UserError
+from streamgen.pipeline import StreamPipeline
+from streamgen.stream import Stream
+from streamgen_infer.admission import Limits, Load, Memory, admit
+from streamgen_infer.checkpoints import Checkpoints
+from streamgen_infer.cost_model import CostModel
+from streamgen_infer.engine import Engine, Work
+from streamgen_infer.live_stream import InProgress, LiveStream, OnBlock, OnEvent
+from streamgen_infer.machine import memory_mb
+from streamgen_infer.requests import (
+    LATE,
+    EventKind,
+    MadeBlock,
+    Refused,
+    RuntimeStats,
+    StreamEvent,
+    StreamRequest,
+)
+from streamgen_infer.scheduler import Launch, Rules, Wait, choose
+
+Told = tuple[LiveStream, StreamEvent]
+
+CHECKPOINT_BYTES = 64 << 20
+"""Per stream, for turning back."""
+WARM_UP_ROWS = (1, 2, 4)
+UNKNOWN_MEMORY_BYTES = 4 << 30
+"""Taken for streams where the system does not say what is free."""
+
+
+class Runtime:
+    """See the module. `start` before `open`; `close` ends all streams.
+
+    admission: refuse what the measured costs do not allow. Without it one viewer on a slow machine sees a video that
+    stalls, and not an error.
+    """
+
+    def __init__(
+        self,
+        pipe: StreamPipeline,
+        *,
+        max_streams: int = 8,
+        memory_bytes: int | None = None,
+        admission: bool = True,
+        checkpoint_bytes: int = CHECKPOINT_BYTES,
+        costs: CostModel | None = None,
+        warm_up_prompt: str = "a red star",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pipe, self.engine = pipe, Engine(pipe)
+        self.costs = costs or CostModel()
+        self.rules, self.limits = Rules(), Limits(most_streams=max_streams)
+        self.admission, self.checkpoint_bytes = admission, checkpoint_bytes
+        self.memory_bytes = _half_of_free_memory() if memory_bytes is None else memory_bytes
+        self._warm_up_prompt = warm_up_prompt
+        self.ready = threading.Event()
+        self.failure: BaseException | None = None
+        """What ended the thread, if anything did."""
+        self._now = clock
+        self._streams: dict[str, LiveStream] = {}
+        self._stats = RuntimeStats()
+        self._numbers = itertools.count(1)
+        self._lock = threading.Condition(threading.RLock())
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="streamgen-runtime", daemon=True)
+
+    # For viewers, from any thread.
+
+    def start(self) -> None:
+        """Warm up and measure on the calling thread, then run."""
+        self._warm_up()
+        self._thread.start()
+        self.ready.set()
+
+    def open(self, request: StreamRequest, *, on_block: OnBlock, on_event: OnEvent = lambda event: None) -> LiveStream:
+        """Admit a stream and begin to make it. Callbacks come from the runtime's thread and must not block.
+
+        UserError for what is wrong with the request, Refused for what the machine cannot carry now.
+        """
+        if not self.ready.is_set():
+            raise UserError("the runtime is not ready yet: it is warming up")
+        stream = self._stream(request)
+        with self._lock:
+            if self._closing:
+                raise Refused("streams", "the runtime is closing", retry_after_s=10.0, numbers={})
+            load = self._load(request, stream)
+            due_s = self._now() + request.start_s
+            if self.admission:
+                verdict = admit(
+                    self._now(),
+                    [self._load(live.request, live.stream, live) for live in self._streams.values()],
+                    load,
+                    self.costs,
+                    Memory(total_bytes=self.memory_bytes),
+                    start_s=request.start_s,
+                    rules=self.rules,
+                    limits=self.limits,
+                )
+                if isinstance(verdict, Refused):
+                    self._stats.refused[verdict.resource] = self._stats.refused.get(verdict.resource, 0) + 1
+                    raise verdict
+                due_s = verdict.due_s
+            live = LiveStream(
+                stream,
+                request,
+                id=f"s{next(self._numbers)}",
+                lock=self._lock,
+                now=self._now,
+                checkpoints=Checkpoints(self.checkpoint_bytes, self._dense(request)),
+                on_block=on_block,
+                on_event=on_event,
+            )
+            live.clock.origin_s = due_s - live.clock.made_s
+            self._streams[live.id] = live
+            self._stats.admitted += 1
+            self._lock.notify_all()
+        return live
+
+    def stats(self) -> RuntimeStats:
+        """A copy of the counters."""
+        with self._lock:
+            s = self._stats
+            held = sum(live.stream.state.cache.nbytes() + live.checkpoints.nbytes() for live in self._streams.values())
+            values = {name: getattr(s, name) for name in RuntimeStats.__dataclass_fields__}
+            return RuntimeStats(
+                **{**values, "streams": len(self._streams), "refused": dict(s.refused), "bytes_held": held}
+            )
+
+    def close(self) -> None:
+        """End the streams and the thread; returns when the launch in progress is over."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # noqa: BLE001 (kept for those who ask, and told to every viewer)
+            self.failure = error
+            traceback.print_exc()
+        finally:
+            with self._lock:
+                self._closing = True
+                left = list(self._streams.values())
+                self._streams.clear()
+            message = "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
+            for live in left:
+                live.closed = True
+                kind: EventKind = "ended" if self.failure is None else "failed"
+                self._tell([(live, StreamEvent(kind=kind, block=live.stream.state.position, message=message))])
+
+    def _turn(self) -> bool:
+        """One launch, or one wait; False when the runtime is closing."""
+        with self._lock:
+            if self._closing:
+                return False
+            ended = self._settle()
+            views = [live.view(self._shape, self.pipe.scheduler.trained_steps) for live in self._streams.values()]
+            decision = choose(self._now(), views, self.costs, self.rules)
+            if isinstance(decision, Wait):
+                if not ended:
+                    until_s = decision.until_s
+                    self._lock.wait(None if until_s is None else max(until_s - self._now(), 0.0))
+                events, launch, lives = ended, None, []
+            else:
+                launch, lives = decision, [self._streams[name] for name in decision.streams]
+                events = ended + self._begin(launch, lives)
+        self._tell(events)
+        if launch is not None:
+            self._launch(launch, lives)
+        return True
+
+    def _settle(self) -> list[Told]:
+        """Turn back what was asked to, and let go of what has ended."""
+        events: list[Told] = []
+        for live in list(self._streams.values()):
+            live.do_turn()
+            if live.ended:
+                del self._streams[live.id]
+                live.closed = True
+                events.append((live, StreamEvent(kind="ended", block=live.stream.state.position)))
+        return events
+
+    def _begin(self, launch: Launch, lives: Sequence[LiveStream]) -> list[Told]:
+        """Open the blocks that this launch begins, with the steps chosen for them."""
+        events: list[Told] = []
+        if launch.kind in ("decode", "preview"):
+            return events
+        for live in lives:
+            if live.work.run is None:
+                live.current = InProgress()
+                live.work.begin()
+                cue = live.work.cue
+                assert cue is not None
+                if cue.version != live.version_shown:
+                    live.version_shown = cue.version
+                    event = StreamEvent(kind="applied", block=live.stream.state.position, version=cue.version)
+                    events.append((live, event))
+            if live.id in launch.steps:
+                live.work.choose_steps(launch.steps[live.id])
+                live.current.steps_chosen = True
+                live.current.flags |= launch.flags.get(live.id, 0)
+        return events
+
+    def _launch(self, launch: Launch, lives: Sequence[LiveStream]) -> None:
+        if launch.kind in ("decode", "preview"):
+            self._decode(launch, lives)
+            return
+        shape = self._shape(lives[0].stream.state.position)
+        started_s = self._now()
+        failed = self._forward([live.work for live in lives])
+        took_s = self._now() - started_s
+        with self._lock:
+            self._count(launch.kind, shape, len(lives), took_s)
+            for place, live in enumerate(lives):
+                live.last_served_s = self._now()
+                if place in failed or live.turn is not None:
+                    continue
+                if live.work.advanced():
+                    live.pending_snapshot = live.stream.snapshot()
+                    if live.work.finished is None:
+                        self._keep_snapshot(live)
+                elif live.work.finished is not None and live.work.run is not None and live.work.run.kind == "commit":
+                    live.undecoded_flags = live.current.flags
+        for place, error in failed.items():
+            self._fail(lives[place], error)
+
+    def _forward(self, works: Sequence[Work]) -> dict[int, Exception]:
+        """One forward; when it raises, one for each stream, so that only the one to blame fails."""
+        try:
+            return self.engine.forward(works)
+        except Exception as error:  # noqa: BLE001 (a launch may fail for any reason; it is told, not swallowed)
+            self._stats.failed_launches += 1
+            if len(works) == 1:
+                return {0: error}
+        alone = [self._forward([work]) for work in works]
+        return {place: failed[0] for place, failed in enumerate(alone) if failed}
+
+    def _decode(self, launch: Launch, lives: Sequence[LiveStream]) -> None:
+        shape = self._shape(lives[0].stream.state.position)
+        started_s = self._now()
+        failures: list[tuple[LiveStream, Exception]] = []
+        told: list[Told] = []
+        for live in lives:
+            finished = live.work.finished
+            assert finished is not None
+            try:
+                frames = self.engine.decode(live.work)
+            except Exception as error:  # noqa: BLE001 (told to the one stream that it concerns)
+                failures.append((live, error))
+                continue
+            with self._lock:
+                ready_s = self._now()
+                live.last_served_s = ready_s
+                if live.turn is not None:
+                    continue
+                if live.pending_snapshot is not None:
+                    self._keep_snapshot(live)
+                first = self.pipe.geometry.block_pixel_start(finished.index)
+                hidden = max(live.next_frame - first, 0)  # made again on the way to where the viewer wants to be
+                if hidden >= len(frames):
+                    continue
+                frame = first + hidden
+                media_s, length_s = live.media_s(frame), (len(frames) - hidden) / live.fps
+                due_s = live.clock.due_s(media_s)
+                late = live.clock.delivered(media_s, length_s, ready_s) < 0
+                live.next_frame = first + len(frames)
+                flags = live.undecoded_flags | launch.flags.get(live.id, 0) | (LATE if late else 0)
+                self._stats.blocks += 1
+                self._stats.frames += len(frames) - hidden
+                self._stats.late_blocks += late
+                self._stats.degraded_blocks += bool(flags & ~LATE)
+                degraded = bool(flags & ~LATE)
+                if degraded != live.degraded:
+                    live.degraded = degraded
+                    told.append((live, StreamEvent(kind="degraded" if degraded else "restored", block=finished.index)))
+                made = MadeBlock(
+                    epoch=live.epoch,
+                    index=finished.index,
+                    frames=frames[hidden:],
+                    first_frame=frame,
+                    media_s=media_s,
+                    due_at_s=due_s,
+                    ready_at_s=ready_s,
+                    steps=finished.steps,
+                    prompt_version=finished.cue.version,
+                    flags=flags,
+                )
+            self._guarded(live, lambda live=live, made=made: live.on_block(made))  # type: ignore[misc]
+        with self._lock:
+            self._count(launch.kind, shape, len(lives), self._now() - started_s)
+        self._tell(told)
+        for live, reason in failures:
+            self._fail(live, reason)
+
+    def _keep_snapshot(self, live: LiveStream) -> None:
+        """The last commit's snapshot, now that the codec stands at the same block."""
+        assert live.pending_snapshot is not None
+        live.checkpoints.add(live.pending_snapshot.with_codec(live.stream.state.codec))
+        live.pending_snapshot = None
+
+    def _count(self, kind: str, shape: str, rows: int, took_s: float) -> None:
+        self._stats.launches += 1
+        self._stats.busy_s += took_s
+        self.costs.observe(kind, shape, rows, max(took_s, 1e-6))
+
+    def _fail(self, live: LiveStream, error: Exception) -> None:
+        """The end of one stream; the others go on."""
+        with self._lock:
+            live.closed = True
+            self._streams.pop(live.id, None)
+        message = f"{type(error).__name__}: {error}"
+        self._tell([(live, StreamEvent(kind="failed", block=live.stream.state.position, message=message))])
+
+    def _tell(self, events: Sequence[Told]) -> None:
+        for live, event in events:
+            self._guarded(live, lambda live=live, event=event: live.on_event(event))  # type: ignore[misc]
+
+    def _guarded(self, live: LiveStream, call: Callable[[], None]) -> None:
+        """A viewer's callback that raises ends its own stream and nobody else's."""
+        try:
+            call()
+        except Exception:  # noqa: BLE001 (printed; the stream ends by it)
+            traceback.print_exc()
+            live.close()
+
+    # What a stream is and costs.
+
+    def _stream(self, request: StreamRequest) -> Stream:
+        geometry = self.pipe.geometry
+        blocks = None
+        if request.max_seconds is not None:
+            seconds = request.max_seconds * (request.fps or geometry.fps) / geometry.fps
+            blocks = max(geometry.blocks_for_seconds(seconds), 1)
+        if request.saved is not None:
+            return self.pipe.resume(request.saved, max_blocks=blocks)
+        return self.pipe.stream(
+            request.prompt, seed=request.seed, steps=request.steps, cache=request.cache, max_blocks=blocks
+        )
+
+    def _shape(self, block: int) -> str:
+        """What cells must have in common to share a launch."""
+        return f"{self.pipe.geometry.block_size(block)} latent frames"
+
+    def _load(self, request: StreamRequest, stream: Stream, live: LiveStream | None = None) -> Load:
+        geometry, fps = self.pipe.geometry, request.fps or self.pipe.geometry.fps
+        frame_bytes = 3 * geometry.height * geometry.width
+        held = stream.state.cache.nbytes() + self.checkpoint_bytes + int(request.lead_s * fps * frame_bytes)
+        return Load(
+            shape=self._shape(1),
+            period_s=geometry.block_pixel_frames(1) / fps,
+            steps=request.steps or self.pipe.scheduler.trained_steps[0],
+            bytes=held,
+            due_s=0.0 if live is None else live.clock.origin_s,
+        )
+
+    def _dense(self, request: StreamRequest) -> int:
+        """Blocks that a change at the playhead may turn back over: the lead, and the ones at its ends."""
+        period_s = self.pipe.geometry.block_pixel_frames(1) / (request.fps or self.pipe.geometry.fps)
+        return int(request.lead_s / period_s) + 3
+
+    def _warm_up(self) -> None:
+        """Two blocks of 1, 2, 4 streams together: kernels are chosen, memory is touched, costs are known."""
+        for rows in (r for r in WARM_UP_ROWS if r <= self.limits.most_streams):
+            works = [Work(self.pipe.stream(self._warm_up_prompt, seed=seed)) for seed in range(rows)]
+            for block in range(2):
+                for work in works:
+                    work.begin()
+                while works[0].run is not None:
+                    self._timed("forward", self._shape(block), works)
+                    for work in works:
+                        if not work.advanced() and work.finished:
+                            self._timed("decode", self._shape(block), [work])
+            if rows == 1:
+                works[0].stream.prompt(self._warm_up_prompt, "recache")
+                works[0].begin()
+                self._timed("recache", self._shape(1), works)
+                if self._shape(0) != self._shape(1):
+                    self.costs.give("recache", self._shape(0), 1, self.costs.predict("recache", self._shape(1), 1))
+
+    def _timed(self, kind: str, shape: str, works: Sequence[Work]) -> None:
+        started_s = time.perf_counter()
+        if kind == "decode":
+            self.engine.decode(works[0])
+        else:
+            self.engine.forward(works)
+        self.costs.observe(kind, shape, len(works), max(time.perf_counter() - started_s, 1e-6))
+
+
+def _half_of_free_memory() -> int:
+    known = memory_mb()
+    return UNKNOWN_MEMORY_BYTES if known is None else int(known[1] * 1e6 / 2)
