@@ -110,6 +110,27 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, checkpointed: bo
     return tokens * kept * bytes_per_value
 
 
+def text_bytes(config: TransformerConfig, bytes_per_value: int = 2) -> int:
+    """Keys and values of one prompt in all layers."""
+    return cache_bytes(config, config.text_len, bytes_per_value)
+
+
+def pass_bytes(
+    config: TransformerConfig, tokens: int, past_tokens: int, *, rotates_past: bool, bytes_per_value: int = 2
+) -> int:
+    """What a streaming pass over `tokens` holds at its worst moment besides weights and cache, within a quarter.
+
+    That moment is the feed-forward's two wide tensors, the rotary embedding of the queries, which is in float32, or,
+    where keys are stored un-rotated (`rotates_past`), that of one layer's `past_tokens`.
+    """
+    narrow = bytes_per_value < 4
+    wide = tokens * (6 * config.dim + 2 * config.ffn_dim) * bytes_per_value
+    queries = tokens * (14 if narrow else 10) * config.dim * bytes_per_value
+    past = tokens * (10 if narrow else 6) * config.dim * bytes_per_value
+    past += past_tokens * config.dim * (4 + 4 * narrow + bytes_per_value)
+    return max(wide, queries, past if rotates_past else 0)
+
+
 def parameters(config: TransformerConfig) -> int:
     """Number of parameters of a transformer of this config."""
     import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from streamgen.errors import UserError
+from streamgen.text import EncodedPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,17 @@ class EmbeddedText(nn.Module):
         self._prompts: list[str] | None = None
         self._index: dict[str, int] = {}
         self._negative = -1
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: EmbeddedTextConfig, *, device: torch.device | str) -> EmbeddedText:
+        """As a model folder has it: the file's place is relative to the folder."""
+        return cls(replace(config, file=str(folder / config.file))).to(device)
+
+    def tokenize(self, prompt: str) -> EncodedPrompt:
+        """The prompt's number in the file; UserError when it is not there."""
+        if not prompt:
+            raise UserError(f"the prompt is empty; {self.config.file} holds {len(self.prompts)} of them")
+        return EncodedPrompt((int(self.ids([prompt])),), ())
 
     @property
     def prompts(self) -> list[str]:

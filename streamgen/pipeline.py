@@ -17,8 +17,11 @@ from typing import Any
 import torch
 
 from streamgen.attention import VISIBILITIES
-from streamgen.cache import CacheSpec, KVCache
+from streamgen.cache import POLICIES, CacheSpec, KVCache
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
+from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
+from streamgen.codecs.wan import WanCodec, WanCodecConfig
+from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
 from streamgen.flow import Prediction, step_sigmas
 from streamgen.geometry import VideoGeometry
@@ -28,6 +31,7 @@ from streamgen.stream import STATE_MARK, Block, Stream
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
 from streamgen.weights import (
     Unfilled,
     build_config,
@@ -48,8 +52,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # part of a model folder -> class name in model_index.json -> (class, its config)
 PARTS: dict[str, dict[str, tuple[Callable[..., Any], type]]] = {
     "transformer": {"CausalWanModel": (CausalWanModel, TransformerConfig)},
-    "codec": {"SpritesCodec": (SpritesCodec, SpritesCodecConfig)},
-    "text": {"SpritesTextEncoder": (SpritesTextEncoder, SpritesTextConfig)},
+    "codec": {
+        "SpritesCodec": (SpritesCodec, SpritesCodecConfig),
+        "WanCodec": (WanCodec, WanCodecConfig),
+        "TaehvCodec": (TaehvCodec, TaehvConfig),
+    },
+    "text": {
+        "SpritesTextEncoder": (SpritesTextEncoder, SpritesTextConfig),
+        "UMT5TextEncoder": (UMT5TextEncoder, UMT5TextConfig),
+        "EmbeddedText": (EmbeddedText, EmbeddedTextConfig),
+    },
 }
 
 
@@ -72,6 +84,12 @@ class SchedulerConfig:
     sampler: str = "renoise"
     context_noise: float = 0.0
     protect_sink: bool = True
+    timesteps: tuple[tuple[float, ...], ...] = ()
+    """Lists of timesteps (1000 sigma, descending) for step counts that do not follow `shift`."""
+    first_steps: int | None = None
+    """Steps of block 0 where it takes more than the others."""
+    positions: str = "relative"
+    """The cache policy that the model was trained with, a name of `streamgen.cache.POLICIES`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained_steps", tuple(self.trained_steps))  # JSON has lists only
@@ -84,6 +102,14 @@ class SchedulerConfig:
         for name, blocks in (("joint", self.joint_blocks), ("lagged", self.lag_blocks)):
             if name in self.visibility and blocks < 2:
                 raise ValueError(f"visibility lists {name} with {blocks} blocks: must be at least 2")
+        object.__setattr__(self, "timesteps", tuple(tuple(row) for row in self.timesteps))
+        for row in self.timesteps:
+            if not row or list(row) != sorted(set(row), reverse=True) or row[0] > 1000 or row[-1] <= 0:
+                raise ValueError(f"timesteps {row}: must descend from at most 1000 and stay above 0")
+        if self.positions not in POLICIES:
+            raise ValueError(f"positions={self.positions!r}: must be one of {', '.join(POLICIES)}")
+        if self.first_steps is not None and self.first_steps < 1:
+            raise ValueError(f"first_steps={self.first_steps}: must be at least 1")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
         if not 0 <= self.context_noise < 1:
@@ -118,7 +144,9 @@ class StreamPipeline:
         dtype: str = "auto",
         threads: int | None = None,
     ) -> StreamPipeline:
-        """Load a shipped model by name or a model folder. dtype "auto" takes what runs faster here (`probe_dtype`)."""
+        """Load a shipped model by name, a model folder, or a Wan checkpoint, file or folder, as it is.
+
+        dtype "auto" takes what runs faster here (`probe_dtype`)."""
         if threads is not None:
             if not 1 <= threads <= 1024:
                 raise UserError(f"threads is {threads}; it must be 1 to 1024")
@@ -127,6 +155,12 @@ class StreamPipeline:
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"unknown dtype {dtype!r}; there are: auto, {', '.join(DTYPES)}")
         cast = DTYPES[probe_dtype(where.type) if dtype == "auto" else dtype]
+        from streamgen.checkpoints.loading import foreign_parts, pipeline_parts  # it knows this module
+
+        foreign = foreign_parts(name_or_path)
+        if foreign is not None:
+            with user_errors(str(name_or_path)):
+                return cls(**pipeline_parts(foreign, where, cast), folder=foreign.folder)
         folder = model_path(name_or_path)
         index = read_json(folder / "model_index.json")
         geometry = build_config(VideoGeometry, index.get("geometry", {}), f"{folder} geometry")
@@ -163,15 +197,22 @@ class StreamPipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        cache: str = "relative",
+        cache: str | None = None,
         max_blocks: int | None = None,
         first_steps: int | None = None,
+        visibility: str = "clean",
     ) -> Stream:
-        """An endless stream, or one of `max_blocks` blocks. `first_steps`: those of block 0, on which all build."""
+        """An endless stream, or one of `max_blocks` blocks. `first_steps`: those of block 0, on which all build.
+
+        visibility: what a block sees of earlier ones while it is made: clean, same_level or joint
+        (`streamgen.pipelined`); a warning where the model was not trained for it.
+
+        What is not given is as the model's card says: steps, first_steps, and cache (`SchedulerConfig.positions`).
+        """
         if not 0 <= seed < 2**64:
             raise UserError(f"seed is {seed}; it must be 0 to 2**64 - 1")
         with user_errors("stream"):
-            kv_cache = self.new_cache(cache)
+            kv_cache = self.new_cache(self.scheduler.positions if cache is None else cache)
         state = StreamState(
             geometry=self.geometry,
             cache=kv_cache,
@@ -179,14 +220,25 @@ class StreamPipeline:
             timeline=PromptTimeline(prompt),
         )
         steps = self.scheduler.trained_steps[0] if steps is None else steps
-        stream = Stream(self, state, steps, first_steps, max_blocks)
+        first_steps = self.scheduler.first_steps if first_steps is None else first_steps
+        with user_errors("stream"):
+            stream = self._stream_class(visibility)(self, state, steps, first_steps, max_blocks)
         stream.check_prompt(prompt)
         return stream
+
+    def _stream_class(self, visibility: str) -> type[Stream]:
+        from streamgen.pipelined import BY_VISIBILITY  # it knows this module
+
+        if visibility not in BY_VISIBILITY:
+            raise UserError(
+                f"visibility {visibility!r} is not run on one device; there are: {', '.join(BY_VISIBILITY)}"
+            )
+        return BY_VISIBILITY[visibility]
 
     def resume(self, state: Mapping[str, Any] | str | Path, *, max_blocks: int | None = None) -> Stream:
         """Continue a stream from `Stream.state_dict()` or a file of `Stream.save_state`, bit for bit."""
         saved = load_tree(Path(state), STATE_MARK) if isinstance(state, str | Path) else state
-        return Stream.from_state(self, saved, max_blocks)
+        return self._stream_class(saved.get("visibility", "clean")).from_state(self, saved, max_blocks)
 
     @property
     def dtype_name(self) -> str:
@@ -195,8 +247,9 @@ class StreamPipeline:
     def sampling(self, steps: int) -> Sampling:
         """How the model's card says to sample in so many steps."""
         s = self.scheduler
+        listed = next((row for row in s.timesteps if len(row) == steps), None)
         return Sampling(
-            sigmas=step_sigmas(steps, s.shift),
+            sigmas=step_sigmas(steps, s.shift) if listed is None else tuple(t / 1000 for t in listed),
             prediction=s.prediction,
             sampler=s.sampler,
             context_noise=s.context_noise,
@@ -273,6 +326,9 @@ def _load_part(
     if not isinstance(name, str) or name not in known:
         raise UserError(f"{folder}: model_index.json names the class {name!r}; known: {', '.join(known)}")
     make, config_class = known[name]
+    loader = getattr(make, "from_folder", None)  # parts that load their weights themselves, when they need them
+    if loader is not None:
+        return loader(folder, build_config(config_class, read_json(folder / "config.json"), str(folder)), device=device)
     config, tensors = load_component(folder)
     with Unfilled(), user_errors(str(folder)):
         module = make(build_config(config_class, config, str(folder / "config.json")))

@@ -19,14 +19,17 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from streamgen.checkpoints.tensors import LazyTensors, open_safetensors, save_safetensors, shards
 from streamgen.errors import UserError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+MAX_SHARD_BYTES = 10 * 10**9
 
 Config = TypeVar("Config")
 
@@ -83,7 +86,7 @@ def build_config(cls: Callable[..., Config], values: Mapping[str, Any], where: s
     given = {name: value for name, value in values.items() if not name.startswith("_")}
     for name in given:
         if name not in known:
-            raise UserError(f"{where}: unknown key {name!r}{_nearest(name, known)}")
+            raise UserError(f"{where}: unknown key {name!r}{nearest(name, known)}")
     required = [
         name
         for name, field in known.items()
@@ -106,20 +109,36 @@ def save_component(folder: Path, config: Mapping[str, Any], tensors: Mapping[str
     write_json(folder / CONFIG_FILE, config)
 
 
-def load_component(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors); the tensors are views of the mapped file."""
+def write_component(
+    folder: Path, config: Mapping[str, Any], tensors: LazyTensors, *, most_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """The same for tensors that are read one after the other; above `most_bytes` in several files with an index."""
+    groups = list(shards(tensors, most_bytes))
+    if len(groups) == 1:
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            save_safetensors(temporary, tensors)
+    else:
+        stem, suffix = WEIGHTS_FILE.rsplit(".", 1)
+        weight_map = {}
+        for number, group in enumerate(groups, 1):
+            name = f"{stem}-{number:05d}-of-{len(groups):05d}.{suffix}"
+            with replacing(folder / name) as temporary:
+                save_safetensors(temporary, group)
+            weight_map.update(dict.fromkeys(group, name))
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": tensors.nbytes}, "weight_map": weight_map})
+    write_json(folder / CONFIG_FILE, config)
+
+
+def load_component(folder: Path) -> tuple[dict[str, Any], LazyTensors]:
+    """(config, tensors); a tensor is read from the file when it is asked for."""
     config = read_json(folder / CONFIG_FILE)
-    return config, load_tensors(folder / WEIGHTS_FILE)
+    index = folder / INDEX_FILE
+    return config, open_safetensors(index if index.is_file() else folder / WEIGHTS_FILE)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped, not read."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; the checkpoint is not complete")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error}); copy or export it again") from error
+def load_tensors(path: Path) -> LazyTensors:
+    """The tensors of a safetensors file; each is read when it is asked for."""
+    return open_safetensors(path)
 
 
 # Trees of values and tensors in one file: tensors by path ("cache/k"), the rest as JSON in the file's metadata.
@@ -191,11 +210,21 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Give `module` these tensors themselves (no copy), floating ones as `dtype`."""
+    """Give `module` these tensors themselves (no copy), floating ones as `dtype`; lazy ones are read one by one."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_tensors(expected, {name: tuple(t.shape) for name, t in tensors.items()}, where)
-    placed = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in tensors.items()}
+    check_tensors(expected, shapes_of(tensors), where)
+    placed = {}
+    for name in expected:
+        tensor = tensors[name]
+        placed[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     module.load_state_dict(placed, assign=True)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape; lazy tensors are not read for it."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.shapes
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -212,7 +241,7 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
         problems.append(f"{len(missing)} of {len(expected)} tensors are missing: {_grouped(missing)}")
     if foreign:
         problems.append(
-            f"{len(foreign)} tensors belong to another model: {_grouped(foreign)}{_nearest(foreign[0], expected)}"
+            f"{len(foreign)} tensors belong to another model: {_grouped(foreign)}{nearest(foreign[0], expected)}"
         )
     if shapes:
         problems.append(f"{len(shapes)} tensors have another shape: {_some(shapes)}")
@@ -230,26 +259,33 @@ def _some(items: list[str], most: int = 6) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (nearest known to {name!r}: {close[0]})" if close else ""
 
 
 # Identity.
 
+FINGERPRINTED = (".json", ".safetensors", ".pt", ".pth")
 WHOLE_FILE_BYTES = 256 * 2**20
 SAMPLE_BYTES = 2**20
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of what a model folder computes: its JSON and safetensors files, by relative name.
+    """sha256 of what a model folder computes: its JSON and weights files, by relative name (`fingerprint_files`)."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in FINGERPRINTED)
+    return fingerprint_files({path.relative_to(folder).as_posix(): path for path in paths})
+
+
+def fingerprint_files(files: Mapping[str, Path]) -> str:
+    """sha256 of files under the names given to them, in this order.
 
     Files above 256 MiB count by their size, their first MiB (the header) and 64 samples of 1 MiB.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
+    for name, path in files.items():
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        digest.update(f"{name} {size}\n".encode())
         with path.open("rb") as file:
             if size <= WHOLE_FILE_BYTES:
                 digest.update(file.read())

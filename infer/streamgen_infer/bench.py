@@ -1,7 +1,8 @@
 """`streamgen bench`: the time of one block, beside the time of its bare products and attention in the same run.
 
 Blocks are timed with a full cache, each followed by the bound of the same shapes, so that both see the same machine;
-medians of both. `sprites` is the shipped model with its codec, `mid` a transformer of random weights, 768 wide.
+medians of both. `sprites` is the shipped model with its codec, `mid` a transformer of random weights, 768 wide;
+`wan_1_3b` has the sizes of Wan 1.3B on a small picture, takes minutes, and is measured only when it is named.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from streamgen import __version__
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
-from streamgen.costs import pass_shapes
+from streamgen.costs import parameters, pass_shapes
 from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
@@ -33,14 +34,15 @@ from streamgen.resources import configs_dir, shipped_models
 from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
-from streamgen.weights import build_config
+from streamgen.weights import Unfilled, build_config
 from streamgen_infer import machine
 from streamgen_infer.bound import Bound, decode_shapes
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.report import check_report, write_report
 from streamgen_infer.sinks import check_place
 
-DEFAULT_BLOCKS = {"sprites": 20, "mid": 3}
+DEFAULT_BLOCKS = {"sprites": 20, "mid": 3, "wan_1_3b": 2}
+LARGE = ("wan_1_3b",)
 STEPS, SHIFT = 4, 5.0
 PROMPT = "a large red star spinning over a snow background"
 
@@ -112,7 +114,7 @@ def run(
 def _choice(option: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
     if value != "all" and value not in known:
         raise UserError(f"{option} {value!r} does not exist; there are: {', '.join(known)}, all")
-    return known if value == "all" else (value,)
+    return tuple(name for name in known if name not in LARGE) if value == "all" else (value,)
 
 
 def environment() -> dict[str, Any]:
@@ -169,26 +171,53 @@ def mid(dtype: torch.dtype) -> Case:
     )
 
 
-CASES: dict[str, Callable[[torch.dtype], Case]] = {"sprites": sprites, "mid": mid}
+def wan_1_3b(dtype: torch.dtype) -> Case:
+    """Wan 1.3B in full, random weights, on 208 x 128 pixels (104 tokens a frame in place of 1560); no codec."""
+    config = _config(TransformerConfig, "model/wan_1_3b.yaml")
+    wanted, memory = 2 * parameters(config) * dtype.itemsize, machine.memory_mb()  # the bound has as many weights
+    if memory is not None and wanted > memory[1] * 1e6:
+        raise UserError(
+            f"the suite wan_1_3b takes {wanted / 1e9:.1f} GB in {_name(dtype)}, {memory[1] / 1e3:.1f} GB are free; "
+            "free memory, or take --dtype bf16"
+        )
+    with Unfilled():
+        transformer = CausalWanModel(config).to(dtype).eval().requires_grad_(False)
+    for parameter in transformer.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    text_BGLD = torch.randn(1, 1, config.text_len, config.text_dim).to(dtype)
+    return Case(
+        transformer=transformer,
+        codec=None,
+        encode_text=lambda: transformer.encode_text(text_BGLD),
+        geometry=VideoGeometry(height=128, width=208, latent_channels=16, first_latent_frames=1),
+        window_frames=12,
+        sink_frames=3,
+        sampling=Sampling(sigmas=step_sigmas(STEPS, SHIFT)),
+        weights="random",
+    )
+
+
+CASES: dict[str, Callable[[torch.dtype], Case]] = {"sprites": sprites, "mid": mid, "wan_1_3b": wan_1_3b}
 
 
 def _random_sprites(dtype: torch.dtype) -> StreamPipeline:
-    def config(cls: Callable[..., Any], file: str) -> Any:
-        path = configs_dir() / file
-        values = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(values, dict), path
-        return build_config(cls, {str(key): value for key, value in values.items()}, str(path))
-
-    transformer = config(TransformerConfig, "model/sprites.yaml")
+    transformer = _config(TransformerConfig, "model/sprites.yaml")
     return StreamPipeline(
         transformer=_ready(CausalWanModel(transformer), dtype),
-        codec=_ready(SpritesCodec(config(SpritesCodecConfig, "codec/sprites.yaml")), dtype),
-        text=_ready(SpritesTextEncoder(config(SpritesTextConfig, "text/sprites.yaml")), torch.float32),
-        geometry=config(VideoGeometry, "data/sprites.yaml"),
+        codec=_ready(SpritesCodec(_config(SpritesCodecConfig, "codec/sprites.yaml")), dtype),
+        text=_ready(SpritesTextEncoder(_config(SpritesTextConfig, "text/sprites.yaml")), torch.float32),
+        geometry=_config(VideoGeometry, "data/sprites.yaml"),
         scheduler=SchedulerConfig(
             trained_steps=(STEPS,), window_frames=12, sink_frames=3, shift=SHIFT, prediction=transformer.prediction
         ),
     )
+
+
+def _config(cls: Callable[..., Any], file: str) -> Any:
+    path = configs_dir() / file
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict), path
+    return build_config(cls, {str(key): value for key, value in values.items()}, str(path))
 
 
 def _ready(module: Any, dtype: torch.dtype) -> Any:

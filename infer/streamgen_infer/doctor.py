@@ -1,4 +1,5 @@
-"""`streamgen doctor`: what this machine has, what works, and what to do about what does not.
+"""`streamgen doctor`: what this machine has, what works, and what to do about what does not; with --model, what a model
+needs, and where it fits.
 
 One line for each thing: ok, warn (something is slower or missing that the base does not need) or fail (nothing can be
 streamed). The exit code is 0 unless a line fails.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from streamgen import __version__
+from streamgen.errors import UserError
 from streamgen_infer import machine
 
 Level = Literal["ok", "warn", "fail"]
@@ -51,9 +53,12 @@ class Check:
     advice: str = ""
 
 
-def run(as_json: bool) -> int:
+def run(as_json: bool, model: str | None = None, device: str | None = None, dtype: str = "auto") -> int:
     """The command; returns the exit code."""
-    checks = [check for examine in EXAMINATIONS for check in examine()]
+    if model is None:
+        checks = [check for examine in EXAMINATIONS for check in examine()]
+    else:
+        checks = list(fit_of(model, device, dtype))
     failed = any(check.level == "fail" for check in checks)
     if as_json:
         values = {"command": "doctor", "version": __version__, "ok": not failed, "checks": [asdict(c) for c in checks]}
@@ -215,7 +220,6 @@ def model() -> Iterator[Check]:
     """The shipped model is there and makes a block of video."""
     if _import_problem("torch"):
         return
-    from streamgen.errors import UserError
     from streamgen.pipeline import StreamPipeline
     from streamgen.resources import model_path
 
@@ -239,6 +243,45 @@ def model() -> Iterator[Check]:
         yield Check("streaming", "warn", f"{found}: slower than it plays", advice)
     else:
         yield Check("streaming", "ok", found)
+
+
+# What a model needs.
+
+
+def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
+    """What a model that is not loaded needs, and how it fits each device (or the one that is named)."""
+    from streamgen.pipeline import DTYPES
+    from streamgen_infer import fit
+    from streamgen_infer.fit_sizes import read_sizes
+
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {dtype!r} does not exist; there are: auto, {', '.join(DTYPES)}")
+    found = fit.places(device)
+    if not found:
+        raise UserError(f"--device {device!r} is not here; there are: {', '.join(p.name for p in fit.places())}")
+    sizes = read_sizes(model)
+    g, s = sizes.geometry, sizes.scheduler
+    shape = f"{g.width}x{g.height}, blocks of {g.block_frames} latent frames, window {s.window_frames}"
+    yield Check("model", "ok", f"{model}: {sizes.parameters / 1e6:,.1f} M parameters, {shape}, sink {s.sink_frames}")
+    for note in sizes.notes:
+        yield Check("assumed", "ok", note)
+    for name in DTYPES if dtype == "auto" else (dtype,):
+        needs = fit.demand(sizes, name)
+        for what, value in fit.rows(needs):
+            yield Check(f"{name} {what}", "ok", fit.gigabytes(value))
+        yield Check(f"{name} one stream", "ok", fit.gigabytes(needs.peak(1)))
+    for place in found:
+        choice = fit.choose(sizes, place, dtype)
+        if choice is None:
+            yield Check(place.name, "fail" if len(found) == 1 else "warn", *fit.shortage(sizes, place, dtype))
+            continue
+        many = f"{choice.streams} stream{'s' if choice.streams > 1 else ''}"
+        where = f"{many} in {choice.dtype}, {fit.gigabytes(place.usable)} can be used"
+        if choice.text:
+            yield Check(place.name, "ok", where)
+        else:
+            advice = "encode prompts elsewhere: what was encoded once is kept on disk"
+            yield Check(place.name, "warn", f"{where}; the text encoder does not fit beside them", advice)
 
 
 EXAMINATIONS: tuple[Callable[[], Iterator[Check]], ...] = (system, packages, video, number_formats, model, extras)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.costs import Attention, Product, pass_shapes
+from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling
 from streamgen.transformer import CausalWanModel, TransformerConfig
@@ -139,3 +140,32 @@ def test_the_cases_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.dim, config.num_layers, config.num_heads) == (768, 12, 12)
     assert (geometry.tokens_per_frame, geometry.block_frames) == (208, 3)
     assert (case.window_frames, case.sink_frames, len(case.sampling.sigmas), case.codec) == (12, 3, 4, None)
+
+
+def test_wan_1_3b_on_the_meta_device() -> None:
+    """A dry run: the published count of weights, and a block through a cache that is full, without any memory."""
+    with torch.device("meta"):
+        case = bench.wan_1_3b(torch.bfloat16)
+    model, geometry = case.transformer, case.geometry
+    assert sum(p.numel() for p in model.parameters()) == 1_418_996_800
+    assert case.dtype == torch.bfloat16 and geometry.tokens_per_frame == 104
+    spec = CacheSpec(
+        num_layers=30, num_heads=12, head_dim=128, grid_height=8, grid_width=13, window_frames=6, sink_frames=3
+    )
+    cache = KVCache(spec, dtype=case.dtype, device="meta")
+    text = case.encode_text()
+    shape = (1, 3, 16, geometry.latent_height, geometry.latent_width)
+    with torch.no_grad():
+        for block in range(3):
+            handle = cache.begin(3 * block, 3)
+            out = model(torch.zeros(shape, device="meta"), torch.zeros(1, 1, device="meta"), text, cache=handle)
+            cache.commit(handle)
+    assert out.shape == shape and out.is_meta and cache.frames == [0, 1, 2, 6, 7, 8]
+
+
+def test_all_leaves_the_large_suite_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench._choice("--suite", "all", tuple(bench.CASES)) == ("sprites", "mid")
+    assert bench._choice("--suite", "wan_1_3b", tuple(bench.CASES)) == ("wan_1_3b",)
+    monkeypatch.setattr(bench.machine, "memory_mb", lambda: (8000.0, 5000.0))
+    with pytest.raises(UserError, match=r"takes 11\.4 GB in fp32, 5\.0 GB are free"):
+        bench.wan_1_3b(torch.float32)
