@@ -88,6 +88,9 @@ class Stream(Iterator[Block]):
     Whoever runs passes of several streams together takes `begin`, `decode` and the BlockRun between them instead.
     """
 
+    visibility = "clean"
+    """What a block sees of earlier ones (`streamgen.attention.Visibility`); other classes are in `pipelined`."""
+
     def __init__(
         self,
         pipe: StreamPipeline,
@@ -104,6 +107,9 @@ class Stream(Iterator[Block]):
         self._cancelled = threading.Event()
         if max_blocks is not None and max_blocks < 1:
             raise UserError(f"max_blocks is {max_blocks}; it must be at least 1")
+        if self.visibility not in pipe.scheduler.visibility:
+            trained = ", ".join(pipe.scheduler.visibility)
+            self._warn(f"the model was trained for visibility {trained}, not {self.visibility}")
         for count in {steps, steps if first_steps is None else first_steps}:
             self.check_steps(count)
 
@@ -136,7 +142,12 @@ class Stream(Iterator[Block]):
             begun=saved["begun"],
             recent={} if recent is None else dict(zip(cache.frames, recent.to(pipe.device).unbind(1), strict=True)),
         )
-        return cls(pipe, state, saved["steps"], saved["first_steps"], max_blocks)
+        stream = cls(pipe, state, saved["steps"], saved["first_steps"], max_blocks)
+        stream._load_flights(saved)
+        return stream
+
+    def _load_flights(self, saved: Mapping[str, Any]) -> None:
+        """What a saved state has beyond a serial stream's."""
 
     @property
     def timeline(self) -> PromptTimeline:
@@ -148,7 +159,7 @@ class Stream(Iterator[Block]):
         if self._cancelled.is_set() or (self.max_blocks is not None and state.position >= self.max_blocks):
             raise StopIteration
         cue = self._fix_cue()
-        clock = _Clock(self.pipe.device)
+        clock = Clock(self.pipe.device)
         text = self._texts.context(self.timeline, cue)
         text_ms = clock.lap()
         laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
@@ -231,6 +242,16 @@ class Stream(Iterator[Block]):
             False,
         )
 
+    @property
+    def made_blocks(self) -> int:
+        """Blocks whose frames were given out."""
+        return self.state.position
+
+    @property
+    def _open_block(self) -> int:
+        """The first block whose prompt may still change."""
+        return self.state.position + int(self.state.begun)
+
     def _fix_cue(self) -> Cue:
         with self._lock:
             self.state.begun = True
@@ -259,7 +280,7 @@ class Stream(Iterator[Block]):
             with user_errors("at_seconds"):
                 at_block = geometry.block_at_seconds(at_seconds)
         with self._lock:
-            earliest = self.state.position + int(self.state.begun)
+            earliest = self._open_block
             block = earliest if at_block is None else at_block
             if self.max_blocks is not None and block >= self.max_blocks:
                 raise UserError(f"a prompt for block {block} is past the end: the stream has {self.max_blocks} blocks")
@@ -345,7 +366,7 @@ class _Texts:
         return self._context
 
 
-class _Clock:
+class Clock:
     """Wall time between calls, after the device has finished."""
 
     def __init__(self, device: torch.device) -> None:

@@ -23,6 +23,9 @@ MAX_MESSAGE = 2000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    # Read by OpenMP when torch is loaded. Its threads otherwise spin while they wait, and on a machine that is shared
+    # the one that works waits for the ones that spin: 1 frame per second where this gives 31 (2 threads, busy machine).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with Interrupts().installed() as interrupts:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv), interrupts)

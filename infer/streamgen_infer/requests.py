@@ -35,7 +35,8 @@ class StreamRequest:
     """Frames per second of the playback; the model's own by default."""
     steps: int | None = None
     """Steps per block; by default the scheduler chooses among those the model was trained for."""
-    cache: str = "relative"
+    cache: str | None = None
+    """A cache policy; the one the model was trained with by default."""
     lead_s: float = 1.5
     """How much media may be made ahead of the viewer's playhead."""
     start_s: float = 1.0

@@ -25,11 +25,13 @@ from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.live_view import Status, View, open_view, warn
 from streamgen_infer.report import StreamFigures, write_report
 from streamgen_infer.sinks import STDOUT, Sink
-from streamgen_infer.stream_options import Options, Request, check
+from streamgen_infer.stream_options import SCHEDULES, Options, Request, check
 
 if TYPE_CHECKING:
     from streamgen.pipeline import Stream, StreamPipeline
 
+ON_ONE_DEVICE = {"clean": "serial", "same_level": "stream_batch", "joint": "rolling"}
+"""Visibility -> the schedule that one device runs it by."""
 NAP_S = 0.02  # a signal waits no longer for the pacer
 
 
@@ -78,7 +80,7 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
             path = sink.close()
         interrupted = stop.requested
         view.close()
-        if options.save_state is not None and stream.state.position:
+        if options.save_state is not None and stream.made_blocks:
             _save_state(stream, run.left_over, options.save_state)
         where = str(path or request.output.name)
         values = {
@@ -118,7 +120,8 @@ def _settings(request: Request, stream: Stream) -> dict[str, Any]:
         "prompt": stream.timeline.prompts[0].prompt,
         "switches": [dataclasses.asdict(entry) for entry in stream.timeline.prompts[1:]],
         "steps": stream.steps,
-        "schedule": options.schedule,
+        "schedule": options.schedule or ON_ONE_DEVICE[stream.visibility],
+        "visibility": stream.visibility,
         "cache": stream.state.cache.spec.policy,
         "transition": options.transition,
         "media_fps": pipe.geometry.fps,
@@ -133,16 +136,27 @@ def _settings(request: Request, stream: Stream) -> dict[str, Any]:
 
 def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] | None) -> tuple[Stream, Any]:
     """The stream with its switches, and the frames that a saved one had made and not shown."""
+    from streamgen_infer.plan.card import choose_visibility
+
     options, geometry = request.options, pipe.geometry
     tail = None
     if saved is None:
         assert options.prompt is not None
+        visibility = choose_visibility(
+            options.schedule or SCHEDULES[0], pipe.scheduler.visibility, model=options.model, force=options.force
+        )
         stream = pipe.stream(
-            options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache or "relative"
+            options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache, visibility=visibility
         )
         shown_s = 0.0
     else:
         stream = pipe.resume(saved)
+        able = _schedules_of(stream)
+        if options.schedule not in (None, *able):
+            raise UserError(
+                f"--schedule {options.schedule}: the saved stream has visibility {stream.visibility}, which is run by: "
+                + ", ".join(able)
+            )
         for name, given, kept in (
             ("--seed", options.seed, stream.state.seeds[0]),
             ("--steps", options.steps, stream.steps),
@@ -153,12 +167,12 @@ def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] |
         if "tail" in saved:
             tail = saved["tail"].numpy()
         waiting = 0 if tail is None else len(tail)
-        shown_s = (geometry.block_pixel_start(stream.state.position) - waiting) / geometry.fps
+        shown_s = (geometry.block_pixel_start(stream.made_blocks) - waiting) / geometry.fps
         if options.prompt is not None:
             stream.prompt(options.prompt, options.transition)
     if math.isfinite(request.seconds):
         end_s = shown_s + whole_frames(request.seconds, geometry.fps) / geometry.fps
-        stream.max_blocks = max(geometry.blocks_for_seconds(end_s), stream.state.position)
+        stream.max_blocks = max(geometry.blocks_for_seconds(end_s), stream.made_blocks)
     before = None
     for at_s, prompt in request.switches:
         receipt = stream.prompt(prompt, options.transition, at_seconds=shown_s + at_s)
@@ -166,6 +180,13 @@ def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] |
             warn(f"two prompts fall on the block at {receipt.seconds - shown_s:g} s; the later one is shown: {prompt}")
         before = receipt
     return stream, tail
+
+
+def _schedules_of(stream: Stream) -> list[str]:
+    """The schedules that make this stream's video."""
+    from streamgen.schedules import schedule
+
+    return [name for name in SCHEDULES if stream.visibility in schedule(name).visibilities]
 
 
 def whole_frames(seconds: float, fps: float) -> int:
@@ -214,7 +235,7 @@ class _Run:
         """Keep one block ahead of the media clock and no more."""
         if self.figures.first_ready_s is None:
             return
-        geometry, position = self.stream.pipe.geometry, self.stream.state.position
+        geometry, position = self.stream.pipe.geometry, self.stream.made_blocks
         begin_s = self.figures.deadline_s() - geometry.block_pixel_frames(position) / geometry.fps
         while not stop.requested and (wait_s := begin_s - time.perf_counter()) > 0:
             time.sleep(min(wait_s, NAP_S))

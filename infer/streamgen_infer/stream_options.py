@@ -12,7 +12,7 @@ from streamgen_infer.live_view import one_line
 from streamgen_infer.report import check_report
 from streamgen_infer.sinks import Output, check_output, check_place
 
-SCHEDULES = ("serial",)
+SCHEDULES = ("serial", "stream_batch", "step_chain", "layer_ring", "rolling", "interleaved")
 CACHES = ("relative", "window")
 TRANSITIONS = ("cut", "recache", "blend", "scene")
 DTYPES = ("auto", "fp32", "bf16")
@@ -33,7 +33,8 @@ class Options:
     out: str | None = None
     model: str = "sprites"
     steps: int | None = None
-    schedule: str = "serial"
+    schedule: str | None = None
+    force: bool = False
     cache: str | None = None
     transition: str = "recache"
     fps: float | None = None

@@ -118,7 +118,7 @@ def test_a_damaged_model(stream: Callable[..., int], model: str, capsys: pytest.
     ("argv", "message"),
     [
         (["bogus"], "No such command 'bogus'"),
-        (["bench", "--suite", "huge"], "--suite 'huge' does not exist; there are: sprites, mid, all"),
+        (["bench", "--suite", "huge"], "--suite 'huge' does not exist; there are: sprites, mid, wan_1_3b, all"),
         (["bench", "--dtype", "fp8"], "--dtype 'fp8' does not exist"),
         (["bench", "--blocks", "0"], "--blocks is 0"),
         (["bench", "--json", "no/b.json"], "the folder no does not exist"),
@@ -143,7 +143,8 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     captured = capsys.readouterr()
     assert "Usage: streamgen" in captured.out
-    commands = "bench, convert, distill, doctor, eval, latents, stream, study, train"
+    commands = "bench, convert, distill, doctor, eval, latents, live, load, plan, pull, record, replay, serve"
+    commands += ", stream, study, train"
     assert captured.err == f"streamgen: name a command: {commands}\n"
 
 

@@ -218,3 +218,24 @@ def test_thinned_keeps_an_even_sample() -> None:
     for value in range(1000):
         series.add(float(value))
     assert series.values == [(value, float(value)) for value in range(0, 1000, 16)]
+
+
+@pytest.mark.parametrize(("schedule", "visibility"), [("stream_batch", "same_level"), ("rolling", "joint")])
+def test_other_schedules_are_refused_forced_saved_and_resumed(
+    stream: Callable[..., int], capsys: pytest.CaptureFixture[str], schedule: str, visibility: str
+) -> None:
+    """The tiny model's card lists clean visibility alone."""
+    assert stream(STAR, "--schedule", schedule, out="a.y4m") == 2
+    message = one_line(capsys)
+    assert f"schedule {schedule} needs" in message and "lists clean" in message and "--force" in message
+    forced = ("--schedule", schedule, "--force", "-q")
+    assert stream(STAR, *forced, seconds="6", out="whole.y4m") == 0
+    assert stream(STAR, *forced, "--save-state", "s", seconds="3", out="one.y4m") == 0
+    assert f"trained for visibility clean, not {visibility}" in capsys.readouterr().err
+    assert stream("--resume", "s", "--report", "r.json", "-q", seconds="3", out="two.y4m") == 0
+    assert y4m_frames("one.y4m") + y4m_frames("two.y4m") == y4m_frames("whole.y4m")
+    report = json.loads(Path("r.json").read_text())
+    assert (report["schedule"], report["visibility"]) == (schedule, visibility)
+    other = "rolling" if schedule == "stream_batch" else "stream_batch"
+    assert stream("--resume", "s", "--schedule", other, out="three.y4m") == 2
+    assert f"has visibility {visibility}" in capsys.readouterr().err
