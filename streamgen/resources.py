@@ -8,11 +8,11 @@ from streamgen.errors import UserError
 _PACKAGE = Path(__file__).resolve().parent
 
 # name -> where a checkout keeps it; a wheel holds it as streamgen/_data/<name> (see pyproject.toml)
-_IN_CHECKOUT = {"configs": "configs", "models": "assets/models"}
+_IN_CHECKOUT = {"configs": "configs", "models": "assets/models", "web": "assets/web"}
 
 
 def data_dir(name: str) -> Path:
-    """The folder of shipped data called `name`: "configs" or "models"."""
+    """The folder of shipped data called `name`: "configs", "models" or "web"."""
     in_wheel = _PACKAGE / "_data" / name
     if in_wheel.is_dir():
         return in_wheel
@@ -32,6 +32,11 @@ def configs_dir() -> Path:
 def models_dir() -> Path:
     """The folder with one model folder for each shipped model."""
     return data_dir("models")
+
+
+def web_dir() -> Path:
+    """The files of the page that the frame server shows."""
+    return data_dir("web")
 
 
 def shipped_models() -> list[str]:

@@ -10,11 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
+import streamgen_infer.simulate_app  # noqa: F401 (`plan simulate` registers itself)
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer.arguments import Device, Json, Model, Overwrite, Steps, Threads
 from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts
+from streamgen_infer.live_app import app as live
+from streamgen_infer.models_app import app as models
+from streamgen_infer.plan.app import app as plan
+from streamgen_infer.recording_app import app as recording
+from streamgen_infer.serve_app import app as serving
 from streamgen_infer.stream_options import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
 
 HandOver = Callable[[list[str]], int]
@@ -74,6 +80,11 @@ def top(
 
 
 app.add_typer(evaluation)
+app.add_typer(live)
+app.add_typer(models)
+app.add_typer(plan)
+app.add_typer(recording)
+app.add_typer(serving)
 
 
 @app.command()
@@ -96,7 +107,8 @@ def stream(
     ] = None,
     model: Model = "sprites",
     steps: Steps = None,
-    schedule: Annotated[str, typer.Option(help=" | ".join(SCHEDULES))] = "serial",
+    schedule: Annotated[str | None, typer.Option(help=" | ".join(SCHEDULES) + "; the first by default")] = None,
+    force: Annotated[bool, typer.Option("--force", help="A schedule that the model was not trained for.")] = False,
     cache: Annotated[str | None, typer.Option(help=" | ".join(CACHES) + "; the first by default")] = None,
     transition: Annotated[str, typer.Option(help="To a new prompt: " + " | ".join(TRANSITIONS))] = "recache",
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
@@ -128,6 +140,7 @@ def stream(
         model=model,
         steps=steps,
         schedule=schedule,
+        force=force,
         cache=cache,
         transition=transition,
         fps=fps,
@@ -148,10 +161,11 @@ def stream(
 @app.command()
 def bench(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="sprites | mid | all")] = "all",
+    suite: Annotated[str, typer.Option(help="sprites | mid | all; or wan_1_3b | engine | viewers | pipeline")] = "all",
     dtype: Annotated[str, typer.Option(help="fp32 | bf16 | all")] = "all",
     threads: Annotated[int, typer.Option(help="CPU threads.", metavar="N")] = 1,
-    blocks: Annotated[int | None, typer.Option(help="Blocks to time; 20 of sprites, 3 of mid.", metavar="N")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Blocks to time; 20, 3 and 2 by default.", metavar="N")] = None,
+    seconds: Annotated[float, typer.Option(help="How long the viewers watch.", metavar="N")] = 60,
     json: Json = None,
     overwrite: Overwrite = False,
 ) -> int:
@@ -164,6 +178,7 @@ def bench(
         dtype=dtype,
         threads=threads,
         blocks=blocks,
+        seconds=seconds,
         json=json,
         overwrite=overwrite,
     )
@@ -172,11 +187,17 @@ def bench(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Only: what this model needs and whether it fits; nothing is loaded.", metavar="DIR|NAME"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Of --model: cpu, cuda:N; all by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of --model: " + " | ".join(DTYPES))] = "auto",
 ) -> int:
-    """Say what this machine has, what works, and what to do about what does not."""
+    """Say what this machine has, what works, and what to do about what does not; or what a model needs."""
     from streamgen_infer import doctor as command
 
-    return command.run(as_json)
+    return command.run(as_json, model, device, dtype)
 
 
 @app.command(context_settings=PASSED_ON)
@@ -189,16 +210,6 @@ def train(context: typer.Context) -> int:
 def distill(context: typer.Context) -> int:
     """Distil a model to few steps: streamgen distill experiment=NAME key=value ..."""
     return context.obj.hand_over["distill"](context.args)
-
-
-@app.command()
-def convert(
-    context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run of train or distill.", show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder for the model.", show_default=False)],
-) -> int:
-    """Write the averaged weights of a run as a model folder (of a codec run: a codec folder)."""
-    return context.obj.hand_over["convert"]([str(source), str(target)])
 
 
 @app.command()

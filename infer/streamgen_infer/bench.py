@@ -35,14 +35,14 @@ from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.weights import Unfilled, build_config
-from streamgen_infer import machine
+from streamgen_infer import bench_live, machine
 from streamgen_infer.bound import Bound, decode_shapes
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.report import check_report, write_report
 from streamgen_infer.sinks import check_place
 
 DEFAULT_BLOCKS = {"sprites": 20, "mid": 3, "wan_1_3b": 2}
-LARGE = ("wan_1_3b",)
+LARGE = ("wan_1_3b", *bench_live.SUITES)
 STEPS, SHIFT = 4, 5.0
 PROMPT = "a large red star spinning over a snow background"
 
@@ -74,12 +74,17 @@ def run(
     dtype: str,
     threads: int,
     blocks: int | None,
+    seconds: float,
     json: Path | None,
     overwrite: bool,
 ) -> int:
     """The command; returns the exit code."""
-    suites = _choice("--suite", suite, tuple(CASES))
     dtypes = _choice("--dtype", dtype, tuple(DTYPES))
+    if suite in bench_live.SUITES:
+        return bench_live.run(
+            interrupts, suite=suite, dtype=dtype, threads=threads, seconds=seconds, json=json, overwrite=overwrite
+        )
+    suites = _choice("--suite", suite, (*CASES, *bench_live.SUITES))
     for name, value, most in (("--threads", threads, 1024), ("--blocks", blocks, 100_000)):
         if value is not None and not 1 <= value <= most:
             raise UserError(f"{name} is {value}; it must be 1 to {most}")

@@ -56,10 +56,12 @@ class Mp4:
         file.write(header.getvalue())
         self.ticks = int(1 / (video.rate * self.stream.time_base))  # of a frame
 
-    def write(self, frames_rgb_u8: np.ndarray) -> None:
+    def write(self, frames_rgb_u8: np.ndarray, *, keyframe: bool = True) -> None:
+        """Without `keyframe` a player cannot begin here."""
         start, packets = self.frames, []
         for index, frame in enumerate(_even(frames_rgb_u8)):
-            packets += self.stream.encode(_av_frame(frame, self.frames, self.stream, keyframe=index == 0))
+            first = keyframe and index == 0
+            packets += self.stream.encode(_av_frame(frame, self.frames, self.stream, keyframe=first))
             self.frames += 1
         self._fragment(start, packets)
 

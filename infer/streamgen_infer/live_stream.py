@@ -166,15 +166,15 @@ class LiveStream:
         """A state to open a second stream from: as at a media time (the kept block edge before it), else now."""
         with self._lock:
             block = self._unseen_block() if media_s is None else self._block_at(media_s, "a branch")
-            block = min(block, self._block_of_frame(self.next_frame))
+            block = min(block, self._block_of_frame(self._next_frame()))
             saved = self.stream.state_dict(self.checkpoints.before(block))
             return {**saved, SHOWN: self.geometry.block_pixel_start(block)}
 
     def state_dict(self) -> dict[str, Any]:
         """The stream after the last frame that was given out; `StreamRequest.saved` goes on from there, exactly."""
         with self._lock:
-            block = self._block_of_frame(self.next_frame)
-            return {**self.stream.state_dict(self.checkpoints.before(block)), SHOWN: self.next_frame}
+            frame = self._next_frame()
+            return {**self.stream.state_dict(self.checkpoints.before(self._block_of_frame(frame))), SHOWN: frame}
 
     def close(self) -> None:
         """Give the stream up. Twice is once."""
@@ -254,6 +254,10 @@ class LiveStream:
         if not (math.isfinite(media_s) and media_s >= 0):
             raise UserError(f"{what} at {media_s} s; it must be a number of at least 0")
         return self.geometry.block_at_seconds(media_s * self.fps / self.geometry.fps)
+
+    def _next_frame(self) -> int:
+        """The first frame that the viewer is still to be given, with a turn that waits to be carried out."""
+        return self.next_frame if self.turn is None else self.turn.first_frame
 
     def _earliest_block(self) -> int:
         """The first block whose prompt is open. What is made again on the way to it keeps its own."""

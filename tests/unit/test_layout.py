@@ -220,6 +220,7 @@ def test_wheel(run_python: RunPython, tmp_path: Path) -> None:
     for inside, folder in {
         "configs": ROOT / "configs",
         "models/sprites": ROOT / "assets" / "models" / "sprites",
+        "web": ROOT / "assets" / "web",
     }.items():
         data = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         prefix = f"streamgen/_data/{inside}/"
@@ -229,7 +230,8 @@ def test_wheel(run_python: RunPython, tmp_path: Path) -> None:
     program = """
 import json
 from streamgen import resources
-print(json.dumps([str(resources.configs_dir()), str(resources.model_path("sprites"))]))
+folders = resources.configs_dir(), resources.model_path("sprites"), resources.web_dir()
+print(json.dumps([str(folder) for folder in folders]))
 """
     # -P and PYTHONPATH: the unpacked wheel comes before the checkout of an editable install
     site = tmp_path / "site"
@@ -239,12 +241,14 @@ print(json.dumps([str(resources.configs_dir()), str(resources.model_path("sprite
     assert json.loads(found.stdout) == [
         str(data_folder / "configs"),
         str(data_folder / "models" / "sprites"),
+        str(data_folder / "web"),
     ]
 
 
 def test_resources_in_the_checkout(in_tmp_path: Path) -> None:
     assert resources.configs_dir() == ROOT / "configs"
     assert resources.models_dir() == ROOT / "assets" / "models"
+    assert resources.web_dir() == ROOT / "assets" / "web"
     assert resources.model_path("sprites") == ROOT / "assets" / "models" / "sprites"
 
     own = in_tmp_path / "own"

@@ -215,8 +215,8 @@ def test_show_of_a_model(in_tmp_path: Path, model: Path, costs: str, capsys: pyt
             "7 viewers cannot be held; 6 can, by interleaved on 1 device: one more would need 112 ms",
         ),
         (
-            ["--model", "TINY", "--costs", "COSTS", "--memory", "0.0004", "--streams", "9", "--dtype", "fp32"],
-            "9 viewers cannot be held; 7 can, by serial on 1 device: 7 fit into 0.0004 GB per device, 0.02637 MB each",
+            ["--model", "TINY", "--costs", "COSTS", "--memory", "0.00085", "--streams", "9", "--dtype", "fp32"],
+            "9 viewers cannot be held; 8 can, by serial on 1 device: 8 fit into 0.00085 GB per device, 0.02637 MB each",
         ),
     ],
 )
@@ -319,6 +319,7 @@ def test_bytes_are_those_of_the_objects(model: Path) -> None:
     assert (grid.window_frames, grid.sink_frames, grid.layers) == (9, 1, 2)
 
 
+@pytest.mark.slow
 def test_a_published_model(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wan 1.3B, never downloaded: 12 latent frames of 1560 tokens, 184 320 B each, in 3-frame blocks of 12 frames."""
     some_costs().save(Path("costs.json"))
@@ -365,7 +366,7 @@ def test_measuring(
     assert points == {("forward", SHAPE): [(1, 2), (3, 2)], ("decode", SHAPE): [(1, 4)]}
     assert all(point["p50_s"] > 0 for curve in found for point in curve["points"])
 
-    base = ["plan", "--model", str(model), "--dtype", "fp32", "--fps", "1", "--memory", "0.0005"]
+    base = ["plan", "--model", str(model), "--dtype", "fp32", "--fps", "1", "--memory", "0.00085"]
     assert main([*base, "--save-costs", "costs.json", "--json", "a.json"]) == 0
     assert "viewers at 1 frames per second and 2 steps" in capsys.readouterr().out
     assert main([*base, "--costs", "costs.json", "--json", "b.json"]) == 0

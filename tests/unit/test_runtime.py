@@ -304,3 +304,17 @@ def test_mistakes_are_answered_and_change_nothing(
     with pytest.raises(UserError, match=complaint):
         ask(live)
     assert np.array_equal(viewer.video(), expected(pipe))
+
+
+def test_a_state_taken_while_a_seek_waits_has_the_seek(pipe: StreamPipeline, runtime: Runtime) -> None:
+    viewer, live = watch(runtime)
+
+    def seek_and_save() -> object:
+        live.seek(3 * BLOCK / FPS)
+        return live.state_dict(), live.branch()
+
+    viewer.when[7] = seek_and_save
+    viewer.video()
+    ((saved, branched),) = viewer.results
+    assert (saved["position"], saved["shown_frames"]) == (3, 3 * BLOCK)
+    assert branched["position"] <= 3

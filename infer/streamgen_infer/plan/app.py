@@ -29,7 +29,7 @@ def plan(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model, or with --costs the name of a published one; sprites by default.", metavar="DIR|NAME"
+            help="A model; with --costs, a published one's name, too. sprites by default.", metavar="DIR|NAME"
         ),
     ] = None,
     steps: Steps = None,
