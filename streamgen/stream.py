@@ -243,6 +243,21 @@ class Stream(Iterator[Block]):
         )
 
     @property
+    def seed(self) -> int:
+        return self.state.seeds[0]
+
+    @property
+    def cache_policy(self) -> str:
+        return self.state.cache.spec.policy
+
+    def cache_fill(self) -> tuple[int, int]:
+        """(latent frames held, capacity)."""
+        return self.state.cache.fill()
+
+    def close(self) -> None:
+        """Let go of what the stream holds: here nothing but memory."""
+
+    @property
     def made_blocks(self) -> int:
         """Blocks whose frames were given out."""
         return self.state.position

@@ -232,7 +232,7 @@ class Head(nn.Module):
 class CausalWanModel(nn.Module):
     """See the module's docstring. `attention_backend` is a name of `streamgen.attention`; `ops` the table in use."""
 
-    def __init__(self, config: TransformerConfig, *, ops: Ops | None = None, attention_backend: str = "sdpa") -> None:
+    def __init__(self, config: TransformerConfig, *, ops: Ops | None = None, attention_backend: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.ops = select() if ops is None else ops

@@ -109,7 +109,10 @@ def stream(
     steps: Steps = None,
     schedule: Annotated[str | None, typer.Option(help=" | ".join(SCHEDULES) + "; the first by default")] = None,
     force: Annotated[bool, typer.Option("--force", help="A schedule that the model was not trained for.")] = False,
-    cache: Annotated[str | None, typer.Option(help=" | ".join(CACHES) + "; the first by default")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes, with step_chain or layer_ring.", metavar="N")] = 1,
+    cache: Annotated[
+        str | None, typer.Option(help=" | ".join(CACHES) + "; as the model was trained by default")
+    ] = None,
     transition: Annotated[str, typer.Option(help="To a new prompt: " + " | ".join(TRANSITIONS))] = "recache",
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
     device: Device = "cpu",
@@ -141,6 +144,7 @@ def stream(
         steps=steps,
         schedule=schedule,
         force=force,
+        ranks=ranks,
         cache=cache,
         transition=transition,
         fps=fps,

@@ -15,8 +15,8 @@ import time
 import warnings
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.live_keys import Keys, LineKeys, TerminalKeys, Typed
 from streamgen_infer.live_lines import HELP, Line, Manner, parse_line
+from streamgen_infer.live_playback import Playback, Waiting
 from streamgen_infer.live_screen import Face, PlainFace, ScreenFace, Standing
 from streamgen_infer.requests import LATE, MadeBlock, StreamEvent, StreamRequest
 from streamgen_infer.sinks import STDOUT, Output, Sink, check_output
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 NAP_S = 0.05  # a signal and a key wait no longer
 LEAD_S = 1.5
 RATE_FRAMES = 32
-STALL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,60 +151,6 @@ def _farewell(options: Options, show: Show, where: str | None, interrupted: bool
         out = sys.stderr if where is None or options.out == STDOUT else sys.stdout
         print(f"{made} shown, {show.late} blocks late" + (f"; {kept}" if where else ""), file=out, flush=True)
     return 0
-
-
-# The media clock of this viewer.
-
-
-class Waiting(NamedTuple):
-    """A frame whose time has not come."""
-
-    number: int
-    frame_HWC: np.ndarray
-    block: MadeBlock
-
-
-@dataclass(slots=True)
-class Playback:
-    """Frames that wait for their time. The clock stands while the next frame is not there: none is skipped."""
-
-    fps: float
-    waiting: deque[Waiting] = field(default_factory=deque)
-    epoch: int = 0
-    paused: bool = False
-    position: int = 0
-    """Number of the next frame to show."""
-    due_s: float = -math.inf
-    """When it is due."""
-
-    def add(self, block: MadeBlock) -> None:
-        """Its frames wait; a newer epoch replaces what was not shown yet from its first frame on."""
-        if block.epoch < self.epoch:
-            return
-        if block.epoch > self.epoch:
-            self.epoch = block.epoch
-            self.waiting = deque(frame for frame in self.waiting if frame.number < block.first_frame)
-        numbered = enumerate(block.frames, block.first_frame)
-        self.waiting.extend(Waiting(number, frame, block) for number, frame in numbered)
-
-    def turn(self, epoch: int, position: int) -> None:
-        """Forget what waits: the stream was turned back to this frame, with this epoch."""
-        self.waiting.clear()
-        self.epoch, self.position = epoch, position
-
-    def next_due_s(self) -> float:
-        """When there will be something to show; inf if that is not known."""
-        return self.due_s if self.waiting and not self.paused else math.inf
-
-    def take(self, now_s: float) -> Waiting | None:
-        """The frame that is due."""
-        if now_s < self.next_due_s():
-            return None
-        frame = self.waiting.popleft()
-        behind = now_s - self.due_s > max(1 / self.fps, STALL_S)
-        self.due_s = (now_s if behind else self.due_s) + 1 / self.fps  # a stall moves the clock, a short delay does not
-        self.position = frame.number + 1
-        return frame
 
 
 class Show:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from streamgen import __version__
 from streamgen.errors import UserError
@@ -25,10 +25,13 @@ from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.live_view import Status, View, open_view, warn
 from streamgen_infer.report import StreamFigures, write_report
 from streamgen_infer.sinks import STDOUT, Sink
-from streamgen_infer.stream_options import SCHEDULES, Options, Request, check
+from streamgen_infer.stream_options import SCHEDULES, SPLITS, Options, Request, check
 
 if TYPE_CHECKING:
-    from streamgen.pipeline import Stream, StreamPipeline
+    from streamgen.parallel.job import Split
+    from streamgen.parallel.piped import PipedBlock
+    from streamgen.parallel.supervise import PipedStream
+    from streamgen.pipeline import Block, Stream, StreamPipeline
 
 ON_ONE_DEVICE = {"clean": "serial", "same_level": "stream_batch", "joint": "rolling"}
 """Visibility -> the schedule that one device runs it by."""
@@ -77,11 +80,12 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
         try:
             run.make(stop)
         finally:
+            stream.close()
             path = sink.close()
         interrupted = stop.requested
         view.close()
-        if options.save_state is not None and stream.made_blocks:
-            _save_state(stream, run.left_over, options.save_state)
+        if options.save_state is not None and stream.made_blocks:  # of one rank, `check` saw to it
+            _save_state(cast("Stream", stream), run.left_over, options.save_state)
         where = str(path or request.output.name)
         values = {
             "command": "stream",
@@ -108,7 +112,7 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
     return INTERRUPTED
 
 
-def _settings(request: Request, stream: Stream) -> dict[str, Any]:
+def _settings(request: Request, stream: Stream | PipedStream) -> dict[str, Any]:
     """What the stream was made with."""
     import torch
 
@@ -122,19 +126,23 @@ def _settings(request: Request, stream: Stream) -> dict[str, Any]:
         "steps": stream.steps,
         "schedule": options.schedule or ON_ONE_DEVICE[stream.visibility],
         "visibility": stream.visibility,
-        "cache": stream.state.cache.spec.policy,
+        "cache": stream.cache_policy,
         "transition": options.transition,
         "media_fps": pipe.geometry.fps,
         "device": str(pipe.device),
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == pipe.dtype),
         "threads": torch.get_num_threads(),
-        "seed": stream.state.seeds[0],
+        "seed": stream.seed,
+        "ranks": options.ranks,
+        "losses": [dataclasses.asdict(loss) for loss in getattr(stream, "losses", ())],
         "scale": options.scale,
         "realtime": options.realtime,
     }
 
 
-def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] | None) -> tuple[Stream, Any]:
+def _open_stream(
+    pipe: StreamPipeline, request: Request, saved: dict[str, Any] | None
+) -> tuple[Stream | PipedStream, Any]:
     """The stream with its switches, and the frames that a saved one had made and not shown."""
     from streamgen_infer.plan.card import choose_visibility
 
@@ -143,11 +151,19 @@ def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] |
     if saved is None:
         assert options.prompt is not None
         visibility = choose_visibility(
-            options.schedule or SCHEDULES[0], pipe.scheduler.visibility, model=options.model, force=options.force
+            options.schedule or SCHEDULES[0],
+            pipe.scheduler.visibility,
+            model=options.model,
+            wanted="same_level" if options.ranks > 1 else None,
+            force=options.force,
         )
-        stream = pipe.stream(
-            options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache, visibility=visibility
-        )
+        stream: Stream | PipedStream
+        if options.ranks > 1:
+            stream = _over_ranks(pipe, request)
+        else:
+            stream = pipe.stream(
+                options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache, visibility=visibility
+            )
         shown_s = 0.0
     else:
         stream = pipe.resume(saved)
@@ -158,9 +174,9 @@ def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] |
                 + ", ".join(able)
             )
         for name, given, kept in (
-            ("--seed", options.seed, stream.state.seeds[0]),
+            ("--seed", options.seed, stream.seed),
             ("--steps", options.steps, stream.steps),
-            ("--cache", options.cache, stream.state.cache.spec.policy),
+            ("--cache", options.cache, stream.cache_policy),
         ):
             if given is not None and given != kept:
                 raise UserError(f"{name} {given}: the saved stream goes on with {kept}; leave the option out")
@@ -182,7 +198,33 @@ def _open_stream(pipe: StreamPipeline, request: Request, saved: dict[str, Any] |
     return stream, tail
 
 
-def _schedules_of(stream: Stream) -> list[str]:
+def _over_ranks(pipe: StreamPipeline, request: Request) -> PipedStream:
+    """The stream in processes of its own; they start with its first block."""
+    import torch
+
+    from streamgen.parallel.job import Job
+    from streamgen.parallel.supervise import PipedStream
+
+    options = request.options
+    assert options.prompt is not None and options.schedule in SPLITS  # `check` saw to it
+    if "same_level" not in pipe.scheduler.visibility:
+        warn(f"the model was trained for visibility {', '.join(pipe.scheduler.visibility)}, not same_level")
+    job = Job(
+        model=options.model,
+        split=cast("Split", options.schedule),
+        ranks=options.ranks,
+        steps=options.steps or pipe.scheduler.trained_steps[0],
+        seed=options.seed or 0,
+        cache=options.cache,
+        dtype=pipe.dtype_name,
+        devices=(options.device,) if options.device != "cuda" else tuple(f"cuda:{i}" for i in range(options.ranks)),
+        threads=max(1, torch.get_num_threads() // options.ranks) if options.threads is None else options.threads,
+        force=options.force,
+    )
+    return PipedStream(pipe, options.prompt, job)
+
+
+def _schedules_of(stream: Stream | PipedStream) -> list[str]:
     """The schedules that make this stream's video."""
     from streamgen.schedules import schedule
 
@@ -197,7 +239,7 @@ class _Run:
     """The loop of one stream."""
 
     def __init__(
-        self, request: Request, stream: Stream, tail: Any, sink: Sink, figures: StreamFigures, view: View
+        self, request: Request, stream: Stream | PipedStream, tail: Any, sink: Sink, figures: StreamFigures, view: View
     ) -> None:
         self.request, self.stream, self.tail = request, stream, tail
         self.sink, self.figures, self.view = sink, figures, view
@@ -214,7 +256,7 @@ class _Run:
             if self.request.options.realtime:
                 self._pace(stop)
             started_s = time.perf_counter()
-            block = next(self.stream, None)
+            block = cast("Block | PipedBlock | None", next(self.stream, None))
             if block is None:
                 break
             ready_s = time.perf_counter()
@@ -249,7 +291,7 @@ class _Run:
             fps=self.figures.frames_per_second,
             slack_s=self.figures.slack_s(time.perf_counter()),
             prompt=prompt,
-            cache=self.stream.state.cache.fill(),
+            cache=self.stream.cache_fill(),
             block_ms=block_ms,
             misses=self.figures.deadline_misses,
         )

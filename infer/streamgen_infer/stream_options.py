@@ -14,12 +14,15 @@ from streamgen_infer.sinks import Output, check_output, check_place
 
 SCHEDULES = ("serial", "stream_batch", "step_chain", "layer_ring", "rolling", "interleaved")
 CACHES = ("relative", "window")
+SPLITS = ("step_chain", "layer_ring")
+"""Those that can be spread over ranks."""
 TRANSITIONS = ("cut", "recache", "blend", "scene")
 DTYPES = ("auto", "fp32", "bf16")
 MAX_SECONDS = 1e7
 MAX_FPS = 240
 MAX_STEPS = 1000
 MAX_SCALE = 32
+MAX_RANKS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,7 @@ class Options:
     steps: int | None = None
     schedule: str | None = None
     force: bool = False
+    ranks: int = 1
     cache: str | None = None
     transition: str = "recache"
     fps: float | None = None
@@ -74,6 +78,7 @@ def check(options: Options) -> Request:
         ("--fps", options.fps, 1, MAX_FPS),
         ("--threads", options.threads, 1, 1024),
         ("--scale", options.scale, 1, MAX_SCALE),
+        ("--ranks", options.ranks, 1, MAX_RANKS),
     ):
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; it must be {low} to {high}")
@@ -85,6 +90,13 @@ def check(options: Options) -> Request:
     ):
         if choice is not None and choice not in known:
             raise UserError(f"{name} {choice!r} does not exist; there are: {', '.join(known)}")
+    if options.ranks > 1:
+        if options.schedule not in SPLITS:
+            raise UserError(
+                f"--ranks {options.ranks} needs a schedule that is spread: --schedule {' or '.join(SPLITS)}"
+            )
+        if options.save_state is not None or options.resume is not None:
+            raise UserError("--save-state and --resume are for one rank; leave them or --ranks out")
     check_device(options.device)
     switches = parse_switches(options.switch, seconds)
     output = check_output(options.out, fps=options.fps, overwrite=options.overwrite)

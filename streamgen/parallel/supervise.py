@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from streamgen.errors import UserError
 from streamgen.parallel.host import LOADING, WORKING, Start
-from streamgen.parallel.job import NOTHING, STOP, Job, Order, Orders, check_job, new_cache_of
+from streamgen.parallel.job import NOTHING, STOP, VISIBILITY, Job, Order, Orders, check_job, new_cache_of
 from streamgen.parallel.piped import Loss, PipedBlock, Rank, State, Watch
 from streamgen.parallel.processes import START_S, ProcessError
 from streamgen.parallel.replay import Journal, Reach, without_rows
@@ -84,17 +84,25 @@ class PipedStream(Iterator[PipedBlock]):
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["streamgen.parallel.worker"])
-        self._start_ranks()
         self._thread = threading.Thread(target=self._run, name="pipeline-watch", daemon=True)
-        self._thread.start()
+        self._started = False
+
+    def start(self) -> None:
+        """Start the processes; the first block asked for does it too. Prompts given before hold from block 0 on."""
+        if not self._started:
+            self._started = True
+            self._start_ranks()
+            self._thread.start()
 
     def __enter__(self) -> PipedStream:
+        self.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def __next__(self) -> PipedBlock:
+        self.start()
         state = self._state
         with self._lock:
             while not state.ready:
@@ -107,12 +115,23 @@ class PipedStream(Iterator[PipedBlock]):
             return state.ready.popleft()
 
     def prompt(
-        self, text: str, transition: str = "recache", *, at_block: int | None = None, blend_blocks: int = 4
+        self,
+        text: str,
+        transition: str = "recache",
+        *,
+        at_block: int | None = None,
+        at_seconds: float | None = None,
+        blend_blocks: int = 4,
     ) -> PromptReceipt:
         """Change the prompt, by default at the next block that was not ordered. Blocks in flight finish under theirs;
         nothing is drained.
         """
         self.pipe.text.tokenize(text)
+        if at_seconds is not None:
+            if at_block is not None:
+                raise UserError("give at_block or at_seconds, not both")
+            with user_errors("at_seconds"):
+                at_block = self.pipe.geometry.block_at_seconds(at_seconds)
         with self._lock:
             earliest = self._state.next_fixed
             block = earliest if at_block is None else at_block
@@ -132,6 +151,37 @@ class PipedStream(Iterator[PipedBlock]):
             self._state.bounds = bounds
             self._send(Order(block=NOTHING, bounds=bounds))
 
+    # What a `Stream` says of itself, for those who show or report one.
+
+    visibility = VISIBILITY
+
+    @property
+    def made_blocks(self) -> int:
+        """Blocks whose frames were given out."""
+        return self._state.consumed
+
+    @property
+    def steps(self) -> int:
+        return self.job.steps
+
+    @property
+    def seed(self) -> int:
+        return self.job.seed
+
+    @property
+    def cache_policy(self) -> str:
+        return self.job.cache or self.pipe.scheduler.positions
+
+    def cache_fill(self) -> tuple[int, int]:
+        """(latent frames that the next block will find in a level's cache, capacity)."""
+        window = self.pipe.scheduler.window_frames
+        return min(self.pipe.geometry.block_start(self.made_blocks), window), window
+
+    def cancel(self) -> None:
+        """End the iteration; what is in flight is dropped. May be called from a signal's handler."""
+        self._state.closed = True
+        self._mail.put((0, 0, ()))
+
     @property
     def pids(self) -> list[int]:
         """Processes of the ranks, in order."""
@@ -149,6 +199,8 @@ class PipedStream(Iterator[PipedBlock]):
 
     def close(self) -> None:
         """End all processes; what was not read is dropped."""
+        if not self._started:
+            return
         with self._lock:
             self._state.closed = True
             self._lock.notify_all()

@@ -262,3 +262,26 @@ def test_a_mistake_in_a_rank_is_the_users_and_not_a_loss(pipe: StreamPipeline, t
     ):
         next(stream)
     assert not stream.losses
+
+
+def test_the_command_line_spreads_a_stream_over_ranks(tmp_path: Path) -> None:
+    """`streamgen stream --ranks 2` makes the video of one device under the same visibility."""
+    import json
+
+    import numpy as np
+
+    from tests.command_line import RING, STAR, stream_command, y4m_frames
+    from tests.tiny_model import save_tiny_model
+
+    run = stream_command(str(save_tiny_model(tmp_path / "tiny")))
+    common = ("--switch", f"1.5={RING}", "--force", "-q", "--seed", "5")
+    one, two = tmp_path / "one.y4m", tmp_path / "two.y4m"
+    assert run(STAR, "--schedule", "stream_batch", *common, seconds="4", out=str(one)) == 0
+    report = tmp_path / "r.json"
+    ranks = ("--schedule", "layer_ring", "--ranks", "2", "--report", str(report))
+    assert run(STAR, *ranks, *common, seconds="4", out=str(two)) == 0
+    for a, b in zip(y4m_frames(one), y4m_frames(two), strict=True):  # launches hold other numbers of rows: rounding
+        assert np.abs(np.frombuffer(a, np.uint8).astype(int) - np.frombuffer(b, np.uint8)).max() <= 2
+    values = json.loads(report.read_text())
+    assert (values["schedule"], values["ranks"], values["losses"]) == ("layer_ring", 2, [])
+    assert run(STAR, "--schedule", "rolling", "--ranks", "2", *common, out=str(tmp_path / "c.y4m")) == 2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from streamgen import attention
 from streamgen.attention import (
     BACKENDS,
     Layout,
@@ -189,3 +190,23 @@ def test_flex_does_not_train_on_a_cpu():
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend='flash9'.*sdpa"):
         attend(*torch.zeros(3, 1, 1, 1, 8), backend="flash9")
+
+
+@pytest.mark.parametrize("case", ["bf16", "fp32", "grad", "mask", "many scores"])
+def test_auto_takes_products_for_few_bf16_scores_on_a_cpu_alone(case, monkeypatch):
+    """By a rule, so that a stream comes out the same in every process; and right, with a cache's strided views."""
+    taken = []
+    real = attention._products
+    monkeypatch.setattr(attention, "_products", lambda *args: taken.append(1) or real(*args))
+    if case == "many scores":
+        monkeypatch.setattr(attention, "SMALL_SCORES", 2 * 3 * 10 * 12 - 1)
+    torch.manual_seed(0)
+    dtype = torch.float32 if case == "fp32" else torch.bfloat16
+    q = torch.randn(2, 3, 10, 16).to(dtype)
+    k, v = (torch.randn(2, 3, 40, 16).to(dtype)[:, :, :12] for _ in range(2))
+    mask = torch.ones(10, 12, dtype=torch.bool) if case == "mask" else None
+    with torch.set_grad_enabled(case == "grad"):
+        got = attend(q, k, v, mask, "auto")
+    assert bool(taken) == (case == "bf16")
+    wanted = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
+    torch.testing.assert_close(got.double(), wanted, atol=1e-6 if case == "fp32" else 2e-2, rtol=0)
