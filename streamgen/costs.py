@@ -121,7 +121,8 @@ def pass_bytes(
     """What a streaming pass over `tokens` holds at its worst moment besides weights and cache, within a quarter.
 
     That moment is the feed-forward's two wide tensors, the rotary embedding of the queries, which is in float32, or,
-    where keys are stored un-rotated (`rotates_past`), that of one layer's `past_tokens`.
+    where keys are stored un-rotated (`rotates_past`), that of one layer's `past_tokens`. Attention is taken as fused;
+    the backend `auto` holds at most 4 * `attention.SMALL_SCORES` bytes of scores besides, in bf16 on a CPU.
     """
     narrow = bytes_per_value < 4
     wide = tokens * (6 * config.dim + 2 * config.ffn_dim) * bytes_per_value

@@ -10,17 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-import streamgen_infer.simulate_app  # noqa: F401 (`plan simulate` registers itself)
+import streamgen_infer.simulate.app  # noqa: F401 (`plan simulate` registers itself)
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer.arguments import Device, Json, Model, Overwrite, Steps, Threads
 from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts
 from streamgen_infer.live_app import app as live
-from streamgen_infer.models_app import app as models
+from streamgen_infer.models.app import app as models
+from streamgen_infer.models.recording_app import app as recording
 from streamgen_infer.plan.app import app as plan
-from streamgen_infer.recording_app import app as recording
-from streamgen_infer.serve_app import app as serving
+from streamgen_infer.serve.app import app as serving
 from streamgen_infer.stream_options import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
 
 HandOver = Callable[[list[str]], int]

@@ -32,8 +32,8 @@ from streamgen_infer.live_stream import LiveStream
 from streamgen_infer.report import check_report, write_report
 from streamgen_infer.requests import MadeBlock, Refused, StreamEvent, StreamRequest
 from streamgen_infer.runtime import Runtime
-from streamgen_infer.scenario import Scenario, Viewers
 from streamgen_infer.scheduler import Rules, StreamView, choose
+from streamgen_infer.simulate.scenario import Scenario, Viewers
 from streamgen_infer.simulator import simulate
 from streamgen_infer.sinks import check_place
 

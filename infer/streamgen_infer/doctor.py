@@ -251,8 +251,8 @@ def model() -> Iterator[Check]:
 def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
     """What a model that is not loaded needs, and how it fits each device (or the one that is named)."""
     from streamgen.pipeline import DTYPES
-    from streamgen_infer import fit
-    from streamgen_infer.fit_sizes import read_sizes
+    from streamgen_infer.models import fit
+    from streamgen_infer.models.fit_sizes import read_sizes
 
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {dtype!r} does not exist; there are: auto, {', '.join(DTYPES)}")

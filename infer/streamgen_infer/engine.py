@@ -93,8 +93,8 @@ class Engine:
             half = len(works) // 2
             if self.pipe.device.type == "cuda":
                 torch.cuda.empty_cache()
-            failed = self.forward(works[:half])
-            return failed | {half + place: e for place, e in self.forward(works[half:]).items()}
+            first, second = self.forward(works[:half]), self.forward(works[half:])
+            return first | {half + place: e for place, e in second.items()}
         failed: dict[int, Exception] = {}
         for place, (run, one, out) in enumerate(zip(runs, asked, outputs, strict=True)):
             assert run is not None

@@ -1,4 +1,4 @@
-"""The media clock of `streamgen live`: when each frame that was made is shown. `now_s` is an argument: no clock here."""
+"""The media clock of `streamgen live`: when a frame that was made is shown. `now_s` is an argument: no clock here."""
 
 from __future__ import annotations
 

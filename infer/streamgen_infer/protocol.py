@@ -12,18 +12,18 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from streamgen_infer.frame_header import ENCODINGS as ENCODINGS
-from streamgen_infer.frame_header import FORMATS as FORMATS
-from streamgen_infer.frame_header import HEADER_BYTES as HEADER_BYTES
-from streamgen_infer.frame_header import INIT as INIT
-from streamgen_infer.frame_header import MEDIA as MEDIA
-from streamgen_infer.frame_header import Format as Format
-from streamgen_infer.frame_header import FrameHeader as FrameHeader
-from streamgen_infer.frame_header import pack_frame as pack_frame
-from streamgen_infer.frame_header import unpack_frame as unpack_frame
-from streamgen_infer.refusal import CLOSE_CODES as CLOSE_CODES
-from streamgen_infer.refusal import Code as Code
-from streamgen_infer.refusal import Refusal as Refusal
+from streamgen_infer.serve.frame_header import ENCODINGS as ENCODINGS
+from streamgen_infer.serve.frame_header import FORMATS as FORMATS
+from streamgen_infer.serve.frame_header import HEADER_BYTES as HEADER_BYTES
+from streamgen_infer.serve.frame_header import INIT as INIT
+from streamgen_infer.serve.frame_header import MEDIA as MEDIA
+from streamgen_infer.serve.frame_header import Format as Format
+from streamgen_infer.serve.frame_header import FrameHeader as FrameHeader
+from streamgen_infer.serve.frame_header import pack_frame as pack_frame
+from streamgen_infer.serve.frame_header import unpack_frame as unpack_frame
+from streamgen_infer.serve.refusal import CLOSE_CODES as CLOSE_CODES
+from streamgen_infer.serve.refusal import Code as Code
+from streamgen_infer.serve.refusal import Refusal as Refusal
 
 SUBPROTOCOL = "streamgen.v1"
 TOKEN_SUBPROTOCOL = "streamgen.token."

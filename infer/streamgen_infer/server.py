@@ -17,13 +17,13 @@ from typing import Any
 
 from streamgen.errors import UserError
 from streamgen_infer import protocol as p
-from streamgen_infer import saving
-from streamgen_infer.connection import Connection
-from streamgen_infer.frame_encoders import FrameEncoder
-from streamgen_infer.limits import Quota, ServeSettings
-from streamgen_infer.serve_metrics import ServeMetrics
-from streamgen_infer.session import Session
-from streamgen_infer.session_state import LIVE, OVER, Engine
+from streamgen_infer.serve import saving
+from streamgen_infer.serve.connection import Connection
+from streamgen_infer.serve.frame_encoders import FrameEncoder
+from streamgen_infer.serve.limits import Quota, ServeSettings
+from streamgen_infer.serve.metrics import ServeMetrics
+from streamgen_infer.serve.session import Session
+from streamgen_infer.serve.session_state import LIVE, OVER, Engine
 
 log = logging.getLogger("streamgen.serve")
 TICK_S = 0.25

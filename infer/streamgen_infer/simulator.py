@@ -18,10 +18,10 @@ import numpy as np
 from streamgen_infer.admission import Admitted, Memory, admit
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.pacing import MediaClock
-from streamgen_infer.scenario import Scenario, Viewers
 from streamgen_infer.scheduler import Launch, StreamView, Wait, choose
-from streamgen_infer.simulator_report import Tally
-from streamgen_infer.simulator_state import Device, SimulatedStream, load_of
+from streamgen_infer.simulate.report import Tally
+from streamgen_infer.simulate.scenario import Scenario, Viewers
+from streamgen_infer.simulate.state import Device, SimulatedStream, load_of
 
 REPORT_S = 0.5
 """A slow viewer says so often what it shows."""

@@ -37,10 +37,9 @@ class RowsCache:
 
     def attend(self, layer: int, q_BNTK: Tensor, k_BNTK: Tensor, v_BNTK: Tensor, backend: str) -> Tensor:
         """Place each row's un-rotated keys and values, then let its (rotated) queries see its own cache."""
-        out = [
-            attend(q, *handle.append(layer, k, v), None, backend)
-            for handle, q, k, v in zip(
-                self.handles, *(t.split(self.sizes) for t in (q_BNTK, k_BNTK, v_BNTK)), strict=True
-            )
-        ]
+        out = []
+        rows = (x.split(self.sizes) for x in (q_BNTK, k_BNTK, v_BNTK))
+        for handle, q, k, v in zip(self.handles, *rows, strict=True):
+            keys, values = handle.append(layer, k, v)
+            out.append(attend(q, keys, values, None, backend))
         return torch.cat(out)

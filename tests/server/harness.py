@@ -19,8 +19,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from streamgen_infer import protocol as p
-from streamgen_infer.limits import Quota, ServeSettings, Tokens
-from streamgen_infer.routes import build_app
+from streamgen_infer.serve.limits import Quota, ServeSettings, Tokens
+from streamgen_infer.serve.routes import build_app
 from streamgen_infer.server import FrameServer
 
 OPEN = Tokens({}, 1000)

@@ -230,7 +230,7 @@ def test_uploaded_states(running: Running) -> None:
 
 def test_load_reports_what_viewers_saw(running: Running, tmp_path: Path) -> None:
     """The command against a server: all served, all frames, prompts applied; a full server is counted, not hidden."""
-    from streamgen_infer import load
+    from streamgen_infer.serve import load
 
     (tmp_path / "prompts").write_text("# two scenes\n0=a red star\n1.5=two blue rings\n")
     options = {"timeline": tmp_path / "prompts", "per_second": 50.0, "seconds": 30.0, "json": tmp_path / "load.json"}
@@ -255,7 +255,7 @@ def test_load_reports_what_viewers_saw(running: Running, tmp_path: Path) -> None
     ],
 )
 def test_load_refuses(options: Any, words: str) -> None:
-    from streamgen_infer import load
+    from streamgen_infer.serve import load
 
     with pytest.raises(UserError, match=words):
         load.check(load.Options(**options))
@@ -274,14 +274,14 @@ def test_load_refuses(options: Any, words: str) -> None:
     ],
 )
 def test_serve_refuses_before_anything_is_loaded(options: Any, words: str) -> None:
-    from streamgen_infer.serve_options import Options, check
+    from streamgen_infer.serve.options import Options, check
 
     with pytest.raises(UserError, match=words):
         check(Options(**options))
 
 
 def test_open_to_others_only_with_a_token(tmp_path: Path) -> None:
-    from streamgen_infer.serve_options import Options, check
+    from streamgen_infer.serve.options import Options, check
 
     (tmp_path / "tokens").write_text("# who may\nann secret-of-ann 3\nbob secret-of-bob\n")
     tokens = check(Options(host="0.0.0.0", token_file=tmp_path / "tokens", max_sessions=7))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from streamgen_infer import protocol as p
 from streamgen_infer.requests import StreamEvent
-from streamgen_infer.serve_metrics import ServeMetrics
-from streamgen_infer.session import Session
-from streamgen_infer.session_state import LIVE, OVER, TRANSITIONS, Lifecycle
-from streamgen_infer.viewer_queue import QueuedFrame
+from streamgen_infer.serve.metrics import ServeMetrics
+from streamgen_infer.serve.session import Session
+from streamgen_infer.serve.session_state import LIVE, OVER, TRANSITIONS, Lifecycle
+from streamgen_infer.serve.viewer_queue import QueuedFrame
 from tests.server.fake_runtime import FakeRuntime
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamgen_infer.protocol import Drop
-from streamgen_infer.viewer_queue import REPLAY_SECONDS, BlockInfo, QueuedFrame, ViewerQueue
+from streamgen_infer.serve.viewer_queue import REPLAY_SECONDS, BlockInfo, QueuedFrame, ViewerQueue
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
 

@@ -9,8 +9,8 @@ import pytest
 from streamgen_infer.admission import Admitted, Limits, Load, Memory, admit, device_load
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.requests import Refused
-from streamgen_infer.scenario import lines
 from streamgen_infer.scheduler import Rules
+from streamgen_infer.simulate.scenario import lines
 
 RULES = Rules(max_rows=8)
 COSTS = lines("a", forward=(0.020, 0.004), decode=(0.010, 0.006))

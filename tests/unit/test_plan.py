@@ -15,8 +15,8 @@ from streamgen.schedules import Costs, Machine, timeline
 from streamgen_infer.admission import Limits, Load, device_load
 from streamgen_infer.cli import main
 from streamgen_infer.cost_model import CostModel
-from streamgen_infer.fit import demand as bytes_of
-from streamgen_infer.fit_sizes import read_sizes
+from streamgen_infer.models.fit import demand as bytes_of
+from streamgen_infer.models.fit_sizes import read_sizes
 from streamgen_infer.plan import chart
 from streamgen_infer.plan import measure as measuring
 from streamgen_infer.plan.capacity import Demand, Offer, check_held, grid_of, latent_bytes, offers

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from streamgen.checkpoints.presets import load_preset
-from streamgen_infer import pull
 from streamgen_infer.cli import main
 from streamgen_infer.errors import Failure
-from streamgen_infer.pull import BASE_FILES, MODELS, Source, fetch, next_step, resolve
+from streamgen_infer.models import pull
+from streamgen_infer.models.pull import BASE_FILES, MODELS, Source, fetch, next_step, resolve
 from tests.command_line import one_line
 
 pytest.importorskip("huggingface_hub")

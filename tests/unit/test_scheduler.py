@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from streamgen.errors import UserError
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.requests import FEWER_STEPS, PREVIEW_CODEC, REPEATED
-from streamgen_infer.scenario import lines
 from streamgen_infer.scheduler import Launch, Rules, StreamView, Wait, choose
+from streamgen_infer.simulate.scenario import lines
 
 RULES = Rules(max_rows=8, max_wait_s=2.0)
 

@@ -15,15 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamgen.errors import UserError
-from streamgen_infer import simulate_command
 from streamgen_infer.admission import Limits
 from streamgen_infer.cli import main
 from streamgen_infer.cost_model import CostModel
-from streamgen_infer.scenario import Faults, Scenario, Viewers, lines, plain
 from streamgen_infer.scheduler import Launch, Rules, StreamView
-from streamgen_infer.simulate_command import Given
+from streamgen_infer.simulate import command as simulate_command
+from streamgen_infer.simulate.command import Given
+from streamgen_infer.simulate.report import Histogram
+from streamgen_infer.simulate.scenario import Faults, Scenario, Viewers, lines, plain
 from streamgen_infer.simulator import Watch, simulate
-from streamgen_infer.simulator_report import Histogram
 from tests.command_line import one_line
 
 COSTS = lines("stream", forward=(0.020, 0.004), decode=(0.010, 0.006), rows=16)

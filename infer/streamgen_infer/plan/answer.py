@@ -17,10 +17,10 @@ from streamgen.schedules import SCHEDULES
 from streamgen_infer import machine
 from streamgen_infer.admission import Limits
 from streamgen_infer.cost_model import CostModel
-from streamgen_infer.fit import Demand as Bytes
-from streamgen_infer.fit import demand as bytes_of
-from streamgen_infer.fit import places
-from streamgen_infer.fit_sizes import ModelSizes, read_sizes
+from streamgen_infer.models.fit import Demand as Bytes
+from streamgen_infer.models.fit import demand as bytes_of
+from streamgen_infer.models.fit import places
+from streamgen_infer.models.fit_sizes import ModelSizes, read_sizes
 from streamgen_infer.plan.capacity import Demand, Offer, block_frames, check_held, offers
 from streamgen_infer.plan.card import choose_visibility
 from streamgen_infer.plan.measure import in_ms, known_rows, load_costs, measure

@@ -16,8 +16,8 @@ from streamgen.grid import Grid, Visibility
 from streamgen.initiation import Interval, interval, resource
 from streamgen.launches import peak_frames
 from streamgen.schedules import SCHEDULES, Costs, Machine, by_layers, layer_ranges, on_one, timeline
-from streamgen_infer.fit import Demand as Bytes
-from streamgen_infer.fit_sizes import ModelSizes
+from streamgen_infer.models.fit import Demand as Bytes
+from streamgen_infer.models.fit_sizes import ModelSizes
 
 MOST_STREAMS = 4096
 """Of one pipeline; nobody counts further."""

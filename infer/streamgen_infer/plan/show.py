@@ -114,7 +114,7 @@ def _usual(wanted: Wanted) -> Grid:
 
 def _of_model(wanted: Wanted) -> Grid:
     """One block of a model, as its card says."""
-    from streamgen_infer.fit_sizes import read_sizes
+    from streamgen_infer.models.fit_sizes import read_sizes
     from streamgen_infer.plan.capacity import grid_of
     from streamgen_infer.plan.card import choose_visibility
 

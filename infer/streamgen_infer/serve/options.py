@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from streamgen.errors import UserError
-from streamgen_infer.limits import Tokens, check_bind, read_tokens
+from streamgen_infer.serve.limits import Tokens, check_bind, read_tokens
 from streamgen_infer.stream_options import DTYPES, check_device
 
 

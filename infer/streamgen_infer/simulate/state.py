@@ -9,8 +9,8 @@ import numpy as np
 from streamgen_infer.admission import Load
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.pacing import MediaClock
-from streamgen_infer.scenario import Viewers
 from streamgen_infer.scheduler import Launch, StreamView
+from streamgen_infer.simulate.scenario import Viewers
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ import struct
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from streamgen_infer.refusal import Refusal
+from streamgen_infer.serve.refusal import Refusal
 
 MAGIC = b"SGFR"
 HEADER_VERSION = 1

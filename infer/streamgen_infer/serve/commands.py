@@ -7,12 +7,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from streamgen_infer import protocol as p
-from streamgen_infer.clip_recorder import ClipRecorder
-from streamgen_infer.receipts import Waiting
 from streamgen_infer.requests import Receipt
+from streamgen_infer.serve.clip_recorder import ClipRecorder
+from streamgen_infer.serve.receipts import Waiting
 
 if TYPE_CHECKING:
-    from streamgen_infer.session import Session
+    from streamgen_infer.serve.session import Session
 
 log = logging.getLogger("streamgen.serve")
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from streamgen.errors import UserError
 from streamgen_infer import protocol as p
-from streamgen_infer.clip_recorder import ClipRecorder
-from streamgen_infer.commands import finish_recording, obey
-from streamgen_infer.receipts import Receipts
 from streamgen_infer.requests import MadeBlock, Receipt, Refused, StreamEvent, StreamRequest
-from streamgen_infer.serve_metrics import ServeMetrics
-from streamgen_infer.session_state import LIVE, OVER, Engine, Lifecycle, Live
-from streamgen_infer.viewer_queue import BlockInfo, QueuedFrame, ViewerQueue
+from streamgen_infer.serve.clip_recorder import ClipRecorder
+from streamgen_infer.serve.commands import finish_recording, obey
+from streamgen_infer.serve.metrics import ServeMetrics
+from streamgen_infer.serve.receipts import Receipts
+from streamgen_infer.serve.session_state import LIVE, OVER, Engine, Lifecycle, Live
+from streamgen_infer.serve.viewer_queue import BlockInfo, QueuedFrame, ViewerQueue
 
 log = logging.getLogger("streamgen.serve")
 MAX_ANSWERS = 64

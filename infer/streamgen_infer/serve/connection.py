@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from streamgen_infer import protocol as p
-from streamgen_infer.frame_encoders import FrameEncoder, new_encoder
-from streamgen_infer.limits import Rate, check_origin
-from streamgen_infer.session import MAX_ANSWERS, Session
-from streamgen_infer.session_state import OVER
-from streamgen_infer.viewer_queue import QueuedFrame
+from streamgen_infer.serve.frame_encoders import FrameEncoder, new_encoder
+from streamgen_infer.serve.limits import Rate, check_origin
+from streamgen_infer.serve.session import MAX_ANSWERS, Session
+from streamgen_infer.serve.session_state import OVER
+from streamgen_infer.serve.viewer_queue import QueuedFrame
 
 if TYPE_CHECKING:
     from streamgen_infer.server import FrameServer

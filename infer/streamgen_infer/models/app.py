@@ -96,6 +96,6 @@ def pull(
     ] = False,
 ) -> int:
     """Fetch a published model from huggingface.co; run it again to go on where it ended."""
-    from streamgen_infer import pull as command
+    from streamgen_infer.models import pull as command
 
     return command.run(name, to, only=only)

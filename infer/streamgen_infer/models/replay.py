@@ -20,7 +20,7 @@ from streamgen.pipeline import _device as open_device
 from streamgen.transformer import CausalWanModel
 from streamgen.weights import Unfilled, load_tensors, load_weights
 from streamgen_infer import machine
-from streamgen_infer.recording import CACHE_OF, Recording, play, read_recording
+from streamgen_infer.models.recording import CACHE_OF, Recording, play, read_recording
 from streamgen_infer.report import check_report, percentiles, write_report
 from streamgen_infer.sinks import check_place
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
@@ -20,10 +19,10 @@ from starlette.types import Message as ASGIMessage
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer import protocol as p
-from streamgen_infer.connection import Connection
-from streamgen_infer.limits import Quota, check_origin
+from streamgen_infer.serve.connection import Connection
+from streamgen_infer.serve.limits import Quota, check_origin
+from streamgen_infer.serve.session import Session
 from streamgen_infer.server import FrameServer, Kept
-from streamgen_infer.session import Session
 
 HTTP_STATUS: dict[p.Code, int] = {
     "unauthorized": 401,

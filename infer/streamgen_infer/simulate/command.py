@@ -17,9 +17,9 @@ from streamgen.errors import UserError
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.errors import Failure
 from streamgen_infer.report import check_report, write_report
-from streamgen_infer.scenario import Scenario, Viewers, check, lines, load_scenario, plain
+from streamgen_infer.simulate.report import Tally
+from streamgen_infer.simulate.scenario import Scenario, Viewers, check, lines, load_scenario, plain
 from streamgen_infer.simulator import simulate
-from streamgen_infer.simulator_report import Tally
 
 LINE = re.compile(r"\s*([0-9.]+)\s*\+\s*([0-9.]+)\s*")
 

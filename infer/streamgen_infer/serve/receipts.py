@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamgen_infer import protocol as p
-from streamgen_infer.viewer_queue import BlockInfo
+from streamgen_infer.serve.viewer_queue import BlockInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,16 @@ from streamgen.flow import step_sigmas, timestep_of
 from streamgen.pipeline import DTYPES, StreamPipeline
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen.weights import replacing, user_errors
-from streamgen_infer.fit import guard
-from streamgen_infer.recording import CACHE_OF, RecordedConfig, Recording, fill, new_state, read_config, write_recording
+from streamgen_infer.models.fit import guard
+from streamgen_infer.models.recording import (
+    CACHE_OF,
+    RecordedConfig,
+    Recording,
+    fill,
+    new_state,
+    read_config,
+    write_recording,
+)
 
 MAX_BLOCKS = 10_000
 

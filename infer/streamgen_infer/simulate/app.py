@@ -47,7 +47,7 @@ def simulate(
     overwrite: Overwrite = False,
 ) -> int:
     """Play many viewers on devices of given costs, with the server's own scheduler and admission, faster than time."""
-    from streamgen_infer import simulate_command
+    from streamgen_infer.simulate import command as simulate_command
 
     given = simulate_command.Given(
         scenario=scenario,

@@ -45,7 +45,7 @@ def serve(
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
 ) -> int:
     """Serve frames over a websocket, and the page, on localhost."""
-    from streamgen_infer.serve_options import Options
+    from streamgen_infer.serve.options import Options
 
     options = Options(
         host=host,
@@ -67,7 +67,7 @@ def serve(
         resume_s=resume_within,
         log_json=log_json,
     )
-    from streamgen_infer import serve_command
+    from streamgen_infer.serve import command as serve_command
 
     return serve_command.run(options)
 
@@ -91,7 +91,7 @@ def load(
     overwrite: Overwrite = False,
 ) -> int:
     """Watch a server with many viewers at once and report latency, jitter and misses as JSON."""
-    from streamgen_infer import load as command
+    from streamgen_infer.serve import load as command
 
     options = command.Options(
         url=url,

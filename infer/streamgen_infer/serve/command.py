@@ -18,7 +18,7 @@ from typing import Any
 from streamgen.errors import UserError
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED
-from streamgen_infer.serve_options import Options, check
+from streamgen_infer.serve.options import Options, check
 
 WS_MAX_BYTES = 256 * 1024
 BACKLOG = 128
@@ -30,8 +30,8 @@ def run(options: Options) -> int:
     try:
         import uvicorn
 
-        from streamgen_infer.limits import ServeSettings
-        from streamgen_infer.routes import build_app
+        from streamgen_infer.serve.limits import ServeSettings
+        from streamgen_infer.serve.routes import build_app
         from streamgen_infer.server import FrameServer
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}, which is not installed: pip install 'streamgen[serve]'") from None

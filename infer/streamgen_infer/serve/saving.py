@@ -14,9 +14,9 @@ from typing import Any
 
 from streamgen.errors import UserError
 from streamgen_infer import protocol as p
-from streamgen_infer.session import Session
-from streamgen_infer.session_state import LIVE, Engine
-from streamgen_infer.viewer_queue import BlockInfo, QueuedFrame
+from streamgen_infer.serve.session import Session
+from streamgen_infer.serve.session_state import LIVE, Engine
+from streamgen_infer.serve.viewer_queue import BlockInfo, QueuedFrame
 
 log = logging.getLogger("streamgen.serve")
 MARK = "streamgen-session"

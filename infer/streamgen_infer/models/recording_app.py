@@ -37,7 +37,7 @@ def record(
     overwrite: Overwrite = False,
 ) -> int:
     """Write weights, inputs and outputs of a rollout to neutral files, for checking another implementation."""
-    from streamgen_infer import record as command
+    from streamgen_infer.models import record as command
 
     return command.run(
         command.Options(
@@ -75,7 +75,7 @@ def replay(
     overwrite: Overwrite = False,
 ) -> int:
     """Run a recording through this program and print how far the results differ; exit code 1 beyond --atol."""
-    from streamgen_infer import replay as command
+    from streamgen_infer.models import replay as command
 
     return command.run(
         command.Options(

@@ -1,0 +1,1 @@
+"""Models as files: convert, pull, record and replay, and whether one fits on this machine."""
