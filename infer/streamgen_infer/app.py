@@ -14,6 +14,7 @@ import streamgen_infer.simulate.app  # noqa: F401 (`plan simulate` registers its
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer.arguments import Device, Json, Model, Overwrite, Steps, Threads
+from streamgen_infer.bench_app import app as benching
 from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts
 from streamgen_infer.live_app import app as live
@@ -79,6 +80,7 @@ def top(
         raise UserError(f"name a command: {', '.join(sorted(context.command.commands))}")  # type: ignore[attr-defined]
 
 
+app.add_typer(benching)
 app.add_typer(evaluation)
 app.add_typer(live)
 app.add_typer(models)
@@ -160,32 +162,6 @@ def stream(
         quiet=quiet,
     )
     return stream_command.run(options, context.obj.interrupts)
-
-
-@app.command()
-def bench(
-    context: typer.Context,
-    suite: Annotated[str, typer.Option(help="sprites | mid | all; or wan_1_3b | engine | viewers | pipeline")] = "all",
-    dtype: Annotated[str, typer.Option(help="fp32 | bf16 | all")] = "all",
-    threads: Annotated[int, typer.Option(help="CPU threads.", metavar="N")] = 1,
-    blocks: Annotated[int | None, typer.Option(help="Blocks to time; 20, 3 and 2 by default.", metavar="N")] = None,
-    seconds: Annotated[float, typer.Option(help="How long the viewers watch.", metavar="N")] = 60,
-    json: Json = None,
-    overwrite: Overwrite = False,
-) -> int:
-    """Time one block of video beside its bare matrix products and attention."""
-    from streamgen_infer import bench as command
-
-    return command.run(
-        context.obj.interrupts,
-        suite=suite,
-        dtype=dtype,
-        threads=threads,
-        blocks=blocks,
-        seconds=seconds,
-        json=json,
-        overwrite=overwrite,
-    )
 
 
 @app.command()

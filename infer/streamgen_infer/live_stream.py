@@ -112,11 +112,22 @@ class LiveStream:
                 block = min(begun, self._unseen_block())
             elif apply_at != "next_block":
                 raise UserError(f"apply_at is {apply_at!r}; it is one of: next_block, playhead")
+            told = len(self.stream.warnings)
             version = self.stream.change(text, transition, block, blend_blocks=blend_blocks)
             if block < begun:
                 self._turn_back(block, self.geometry.block_pixel_start(block), self._block_s(block))
             self._lock.notify_all()
-            return Receipt(version=version, block=block, media_s=self._block_s(block))
+            return Receipt(
+                version=version,
+                block=block,
+                media_s=self._block_s(block),
+                warnings=tuple(self.stream.warnings[told:]),
+            )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd about what was asked for so far, in words."""
+        return tuple(self.stream.warnings)
 
     def playhead(self, media_s: float) -> None:
         """What the viewer shows now, in seconds of media."""

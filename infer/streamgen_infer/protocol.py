@@ -77,7 +77,8 @@ class Start(Command):
     seed: int = Field(default=0, ge=0, le=2**64 - 1)
     fps: float | None = Field(default=None, ge=1, le=240)
     steps: int | None = Field(default=None, ge=1, le=1000)
-    cache: Literal["relative", "window"] = "relative"
+    cache: Literal["relative", "window"] | None = None
+    """How old keys are placed in time; by default as the model was trained."""
     format: Format = "jpeg"
     quality: int = Field(default=85, ge=1, le=100)
     """Of jpeg and webp."""
@@ -229,6 +230,8 @@ class VideoStart(Message):
     prompt: str
     prompt_version: int
     """Of the newest frame made; the first prompt's is 0."""
+    warnings: list[str] = Field(default_factory=list)
+    """What is odd about the request: unknown words, step counts that the model was not trained for."""
 
 
 class ChunkMetadata(Message):
@@ -271,6 +274,8 @@ class InteractionQueued(Message):
     """Frames with this version, or a higher one, show it."""
     block: int
     media_seconds: float
+    warnings: list[str] = Field(default_factory=list)
+    """Words of the prompt that the model does not know, and the like."""
 
 
 class Applied(Message):

@@ -80,6 +80,8 @@ class Receipt:
     version: int
     block: int
     media_s: float
+    warnings: tuple[str, ...] = ()
+    """What is odd about it, in words: unknown words of a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

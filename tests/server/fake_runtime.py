@@ -36,6 +36,7 @@ class FakeStream:
         self.position: int = saved.get("position", 0)
         self.seed: int = saved.get("seeds", [request.seed])[0]
         self.changes: list[list[Any]] = [list(one) for one in saved.get("changes", [[0, 0, request.prompt]])]
+        self.warnings: tuple[str, ...] = ()
         self.epoch, self.shown_s, self.fixed = 0, 0.0, request.steps or 4
         self.paused = self.closed = self.ended = False
         self.lock = threading.RLock()

@@ -76,6 +76,16 @@ def test_unknown_words_are_the_clients_mistake(running: Running) -> None:
         talk.until_frame(20)
 
 
+def test_a_word_that_is_left_out_is_named_to_the_viewer(running: Running) -> None:
+    with Talk(running) as talk:
+        started = talk.start(prompt=f"{PROMPT} zzz", steps=3)
+        assert any("zzz" in warning for warning in started.warnings)
+        assert any("2 or 4 steps, not 3" in warning for warning in started.warnings)
+        queued = talk.ask({"type": "session.interaction", "interaction": {"event": {"prompt": f"{NEXT} qqq"}}})
+        (warning,) = queued.warnings
+        assert "qqq" in warning and "zzz" not in warning
+
+
 def test_a_prompt_at_the_playhead_replaces_what_was_not_shown(running: Running, model: Path) -> None:
     with Talk(running) as talk:
         talk.start(prompt=PROMPT, seed=2, steps=2, streaming_buffer_seconds=5.0, drop="stall", queue_seconds=8.0)

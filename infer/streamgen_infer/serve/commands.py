@@ -100,6 +100,7 @@ async def _interact(session: Session, message: p.Interact) -> None:
             prompt_version=receipt.version,
             block=receipt.block,
             media_seconds=receipt.media_s,
+            warnings=list(receipt.warnings),
         )
     )
     session.metrics.prompts.inc()

@@ -346,6 +346,7 @@ class Session:
             state=self.life.state,
             prompt=self.prompt,
             prompt_version=max(0, self.newest_version),
+            warnings=[] if self.live is None else list(self.live.warnings),
         )
         if resumed:
             self.answers.appendleft(started)

@@ -48,6 +48,9 @@ class Live(Protocol):
     @property
     def fps(self) -> float: ...
 
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
     def prompt(
         self,
         text: str,
