@@ -13,7 +13,7 @@ import typer
 import streamgen_infer.simulate.app  # noqa: F401 (`plan simulate` registers itself)
 from streamgen import __version__
 from streamgen.errors import UserError
-from streamgen_infer.arguments import Device, Json, Model, Overwrite, Steps, Threads
+from streamgen_infer.arguments import Device, Model, Overwrite, Steps, Threads
 from streamgen_infer.bench_app import app as benching
 from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts

@@ -212,7 +212,7 @@ class LiveStream:
             ready=ready,
             due_at_s=self.clock.due_s(self._block_s(works_for)),
             period_s=self._block_s(works_for + 1) - self._block_s(works_for),
-            trained_steps=trained_steps if self.fixed_steps is None else (self.fixed_steps,),
+            trained_steps=self._choices(position, trained_steps),
             passes_left=run.passes_left if run is not None and self.current.steps_chosen else None,
             not_before_s=self.clock.not_before_s(
                 self._block_s(position), self._block_s(position + 1) - self._block_s(position)
@@ -242,6 +242,13 @@ class LiveStream:
 
     def media_s(self, frame: int) -> float:
         return frame / self.fps
+
+    def _choices(self, block: int, trained_steps: tuple[int, ...]) -> tuple[int, ...]:
+        """Step counts that a block may have; all blocks build on the first, so what its model's card says holds."""
+        if self.fixed_steps is not None:
+            return (self.fixed_steps,)
+        first = self.stream.first_steps
+        return (first,) if block == 0 and first is not None else trained_steps
 
     def _held(self) -> bool:
         limit = self.stream.max_blocks

@@ -318,3 +318,19 @@ def test_a_state_taken_while_a_seek_waits_has_the_seek(pipe: StreamPipeline, run
     ((saved, branched),) = viewer.results
     assert (saved["position"], saved["shown_frames"]) == (3, 3 * BLOCK)
     assert branched["position"] <= 3
+
+
+def test_the_first_block_has_the_steps_that_the_card_says(pipe: StreamPipeline) -> None:
+    import dataclasses
+
+    card = dataclasses.replace(pipe.scheduler, first_steps=4)
+    other = StreamPipeline(
+        transformer=pipe.transformer, codec=pipe.codec, text=pipe.text, geometry=pipe.geometry, scheduler=card
+    )
+    runtime = Runtime(other, admission=False)
+    runtime.start()
+    viewer, _ = watch(runtime, steps=None)
+    video = viewer.video()
+    runtime.close()
+    assert [block.steps for block in viewer.blocks] == [4] + [2] * 9
+    assert np.array_equal(video, np.concatenate([b.frames for b in other.stream(PROMPT, seed=3, max_blocks=10)]))
