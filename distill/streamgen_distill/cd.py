@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.pipeline import SchedulerConfig
+from streamgen.card import SchedulerConfig
 from streamgen_distill import teacher
 from streamgen_distill.teacher import TaughtObjective
 from streamgen_train.objective import Turn

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from streamgen import flow
 from streamgen.cache import BlockCache, CacheSpec, KVCache
+from streamgen.card import SchedulerConfig
 from streamgen.codec import load_codec
 from streamgen.embedded_text import EmbeddedText
 from streamgen.errors import UserError
-from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TextContext
 from streamgen.weights import load_tree, read_json, save_tree, write_json

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from streamgen import flow
 from streamgen.attention import Layout
 from streamgen.cache import POLICIES
+from streamgen.card import SchedulerConfig
 from streamgen.costs import RECOMPUTED, TRAINED, Work, activation_bytes, cache_bytes, parameters
 from streamgen.embedded_text import EmbeddedText
 from streamgen.metrics.quick import quick_adherence
-from streamgen.pipeline import SchedulerConfig
 from streamgen.pixels import to_uint8
 from streamgen.rollout import StreamState
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig

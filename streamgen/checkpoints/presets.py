@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamgen.card import SchedulerConfig
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
-from streamgen.pipeline import SchedulerConfig
 from streamgen.resources import configs_dir
 from streamgen.transformer import TransformerConfig
 from streamgen.weights import build_config, nearest, user_errors

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from streamgen import flow
 from streamgen.attention import Layout, Visibility, dense_mask, flex_mask
+from streamgen.card import SchedulerConfig
 from streamgen.embedded_text import EmbeddedText
-from streamgen.pipeline import SchedulerConfig
 from streamgen.rope import rope_table
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from streamgen.attention import Layout, check_backend, check_trainable, check_window, dense_mask
+from streamgen.card import SchedulerConfig
 from streamgen.codec import SpritesCodec, load_codec
 from streamgen.costs import Work
 from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
-from streamgen.pipeline import SchedulerConfig
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen.worlds import grammar, sprites

@@ -1,0 +1,64 @@
+"""What a model's card says about streaming it: step counts, window, visibility, sampler.
+
+One dataclass, the content of a model folder's scheduler/scheduler_config.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamgen.attention import VISIBILITIES
+from streamgen.cache import POLICIES
+from streamgen.flow import Prediction
+from streamgen.rollout import SAMPLERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """scheduler/scheduler_config.json: how the model was trained to be streamed."""
+
+    trained_steps: tuple[int, ...]
+    """Step counts the model was trained for; the first is the default."""
+    window_frames: int
+    sink_frames: int = 0
+    shift: float = 5.0
+    prediction: Prediction = "flow"
+    visibility: tuple[str, ...] = ("clean",)
+    """What the model was trained to see of earlier blocks: names of `streamgen.attention.VISIBILITIES`."""
+    joint_blocks: int = 0
+    """With `joint`: blocks in the window, which is as many steps."""
+    lag_blocks: int = 0
+    """With `lagged`: blocks by which the finished past is behind."""
+    sampler: str = "renoise"
+    context_noise: float = 0.0
+    protect_sink: bool = True
+    timesteps: tuple[tuple[float, ...], ...] = ()
+    """Lists of timesteps (1000 sigma, descending) for step counts that do not follow `shift`."""
+    first_steps: int | None = None
+    """Steps of block 0 where it takes more than the others."""
+    positions: str = "relative"
+    """The cache policy that the model was trained with, a name of `streamgen.cache.POLICIES`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trained_steps", tuple(self.trained_steps))  # JSON has lists only
+        object.__setattr__(self, "visibility", tuple(self.visibility))
+        if not self.trained_steps or min(self.trained_steps) < 1:
+            raise ValueError(f"trained_steps={self.trained_steps}: must be one or more counts of at least 1")
+        unknown = [name for name in self.visibility if name not in VISIBILITIES]
+        if unknown or not self.visibility:
+            raise ValueError(f"visibility={self.visibility}: must be one or more of {', '.join(VISIBILITIES)}")
+        for name, blocks in (("joint", self.joint_blocks), ("lagged", self.lag_blocks)):
+            if name in self.visibility and blocks < 2:
+                raise ValueError(f"visibility lists {name} with {blocks} blocks: must be at least 2")
+        object.__setattr__(self, "timesteps", tuple(tuple(row) for row in self.timesteps))
+        for row in self.timesteps:
+            if not row or list(row) != sorted(set(row), reverse=True) or row[0] > 1000 or row[-1] <= 0:
+                raise ValueError(f"timesteps {row}: must descend from at most 1000 and stay above 0")
+        if self.positions not in POLICIES:
+            raise ValueError(f"positions={self.positions!r}: must be one of {', '.join(POLICIES)}")
+        if self.first_steps is not None and self.first_steps < 1:
+            raise ValueError(f"first_steps={self.first_steps}: must be at least 1")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler={self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"context_noise={self.context_noise}: must be in [0, 1)")
