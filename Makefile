@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up .venv first; a second run costs seconds.
+# make demo | serve | test | lint | bench: each sets up .venv first; a second run costs seconds.
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH_SPEC=torch==...   another build of torch, see the top of constraints.txt
 PYTHON     ?= python3
@@ -9,7 +9,7 @@ STAMP      := $(VENV)/.setup-done
 PIP        := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo serve test lint bench clean
 
 help:  ## this list
 	@sed -n 's|^\([a-z]*\):.*## |make \1: |p' $(MAKEFILE_LIST)
@@ -33,7 +33,11 @@ demo: setup  ## stream two prompts to demo.mp4, the second taking over while the
 	  --switch "8=two large yellow rings moving left over a sunset background" \
 	  --seconds 16 --seed 7 --scale 4 --out demo.mp4 --overwrite
 
+serve: setup  ## the page on localhost: open the address that it prints
+	$(BIN)/streamgen serve
+
 test: setup  ## the whole suite, two workers of one thread each
+	@sh tests/browser/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: setup  ## ruff (rules and format) and mypy over the five packages together

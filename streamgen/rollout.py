@@ -127,7 +127,7 @@ class BlockRun:
         if transition == "scene":
             state.cache.reset()
             state.recent = {}
-        elif transition == "recache" and _frames_to_recache(state, sampling):
+        elif transition == "recache" and frames_to_recache(state, sampling):
             self.kind = "recache"
 
     def use(self, sampling: Sampling) -> None:
@@ -143,7 +143,7 @@ class BlockRun:
         """The next pass."""
         state, sampling = self.state, self.sampling
         if self.kind == "recache":
-            window = torch.stack([state.recent[frame] for frame in _frames_to_recache(state, sampling)], dim=1)
+            window = torch.stack([state.recent[frame] for frame in frames_to_recache(state, sampling)], dim=1)
             self._handle = state.cache.begin_recache(protect_sink=sampling.protect_sink)
             return Pass(window, sampling.context_noise, self.text, self._handle)
         if self._handle is None:
@@ -271,7 +271,7 @@ def commit_block(
     _keep(state, block, asked.latents_BFCHW)
 
 
-def _frames_to_recache(state: StreamState, sampling: Sampling) -> list[int]:
+def frames_to_recache(state: StreamState, sampling: Sampling) -> list[int]:
     """The latent frames that a change of prompt re-encodes: what the cache holds, but for a protected sink."""
     return state.cache.frames[state.cache.spec.sink_frames if sampling.protect_sink else 0 :]
 

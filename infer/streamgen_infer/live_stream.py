@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from streamgen.errors import UserError
+from streamgen.rollout import frames_to_recache
 from streamgen.stream import Snapshot, Stream
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.engine import Work
@@ -159,7 +160,7 @@ class LiveStream:
             self._check_open()
             if not (math.isfinite(media_s) and media_s >= 0):
                 raise UserError(f"a seek to {media_s} s; it must be a number of at least 0")
-            frame = min(round(media_s * self.fps), self.next_frame)
+            frame = max(min(round(media_s * self.fps), self.next_frame), self._first_frame())
             block = self._block_of_frame(frame)
             self._turn_back(block, frame, self.media_s(frame))
             self._lock.notify_all()
@@ -203,7 +204,8 @@ class LiveStream:
         begins = run is None and not self._held()
         if begins:
             cue = self.stream.timeline.at(position)
-            ready = "recache" if cue.transition == "recache" and state.cache.frames else "step"
+            again = cue.transition == "recache" and frames_to_recache(state, self.pipe.sampling(self.stream.steps))
+            ready = "recache" if again else "step"
         works_for = position + int(run is not None and run.kind == "commit")
         finished = self.work.finished
         return StreamView(
@@ -277,6 +279,10 @@ class LiveStream:
         """The first frame that the viewer is still to be given, with a turn that waits to be carried out."""
         return self.next_frame if self.turn is None else self.turn.first_frame
 
+    def _first_frame(self) -> int:
+        """The earliest that can be gone back to: 0, or where a stream that was opened from a state came in."""
+        return self.geometry.block_pixel_start(self.checkpoints.blocks()[0])
+
     def _earliest_block(self) -> int:
         """The first block whose prompt is open. What is made again on the way to it keeps its own."""
         if self.turn is not None:
@@ -287,7 +293,8 @@ class LiveStream:
     def _unseen_block(self) -> int:
         """The first block of which the viewer sees nothing yet."""
         seen = math.ceil(self.clock.playhead_s(self._now()) * self.fps - 1e-6)
-        return 0 if self.next_frame == 0 or seen <= 0 else self._block_of_frame(seen) + 1
+        block = 0 if self.next_frame == 0 or seen <= 0 else self._block_of_frame(seen) + 1
+        return max(block, self.checkpoints.blocks()[0])
 
     def _check_open(self) -> None:
         if self.closed:

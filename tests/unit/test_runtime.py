@@ -5,6 +5,7 @@ Streams play far faster than real time here, so that seconds of video take a mom
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,3 +335,39 @@ def test_the_first_block_has_the_steps_that_the_card_says(pipe: StreamPipeline) 
     runtime.close()
     assert [block.steps for block in viewer.blocks] == [4] + [2] * 9
     assert np.array_equal(video, np.concatenate([b.frames for b in other.stream(PROMPT, seed=3, max_blocks=10)]))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_recache_so_early_that_only_the_sink_is_there(tmp_path: Path, block: int) -> None:
+    """A sink as long as the first block: nothing is re-encoded at block 1, and steps are chosen."""
+    folder = save_tiny_model(tmp_path)
+    card = folder / "scheduler" / "scheduler_config.json"
+    card.write_text(card.read_text().replace('"sink_frames": 1', '"sink_frames": 3'))
+    pipe = StreamPipeline.from_pretrained(folder, dtype="fp32")
+    assert pipe.scheduler.sink_frames == 3
+    runtime = Runtime(pipe, admission=False)
+    runtime.start()
+    viewer, live = watch(runtime, steps=None)
+    live.prompt(OTHER, "recache", at_media_s=block * BLOCK / FPS)
+    video = viewer.video()
+    runtime.close()
+    assert runtime.failure is None
+    assert np.array_equal(video, expected(pipe, (block, OTHER, "recache")))
+
+
+def test_a_branch_cannot_be_turned_back_before_its_own_beginning(runtime: Runtime, pipe: StreamPipeline) -> None:
+    viewer, live = watch(runtime)
+    viewer.when[5] = lambda: live.branch(4 * BLOCK / FPS)
+    whole = viewer.video()
+    (state,) = viewer.results
+    start = state["shown_frames"]
+    other = Viewer()
+    other.frames = list(whole[:start])
+    request = StreamRequest(prompt="", saved=state, fps=FPS, max_seconds=SECONDS, lead_s=100.0, start_s=100.0)
+    branch = runtime.open(request, on_block=other.on_block, on_event=other.on_event)
+    other.when[6] = lambda: branch.seek(0.0)
+    other.when[8] = lambda: branch.prompt("a green square", "cut", apply_at="playhead")
+    video = other.video()
+    back, changed = other.results
+    assert back.media_s == start / FPS and changed.block >= state["position"]
+    assert np.array_equal(video, expected(pipe, (changed.block, "a green square", "cut")))
