@@ -17,7 +17,7 @@ from streamgen_infer.arguments import Device, Model, Overwrite, Steps, Threads
 from streamgen_infer.bench_app import app as benching
 from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts
-from streamgen_infer.live_app import app as live
+from streamgen_infer.live.app import app as live
 from streamgen_infer.models.app import app as models
 from streamgen_infer.models.recording_app import app as recording
 from streamgen_infer.plan.app import app as plan

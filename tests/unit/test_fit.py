@@ -18,9 +18,9 @@ from streamgen.pipeline import StreamPipeline
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen_infer import machine
 from streamgen_infer.cli import main
-from streamgen_infer.live_bytes import peak_bytes
 from streamgen_infer.models import fit
 from streamgen_infer.models.fit_sizes import read_sizes, umt5_parameters
+from streamgen_infer.models.live_bytes import peak_bytes
 from tests.command_line import one_line
 from tests.tiny_model import save_tiny_model
 

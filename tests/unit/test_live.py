@@ -19,9 +19,9 @@ import pytest
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
 from streamgen_infer.cli import main
-from streamgen_infer.live_lines import Editor, Line, Manner, parse_line
-from streamgen_infer.live_playback import Playback
-from streamgen_infer.live_screen import PlainFace, ScreenFace, Standing, half_blocks, shrunk
+from streamgen_infer.live.lines import Editor, Line, Manner, parse_line
+from streamgen_infer.live.playback import Playback
+from streamgen_infer.live.screen import PlainFace, ScreenFace, Standing, half_blocks, shrunk
 from streamgen_infer.requests import MadeBlock
 from tests.command_line import RING, STAR, mp4_frames, y4m_frames
 from tests.tiny_model import save_tiny_model

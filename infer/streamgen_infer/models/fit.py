@@ -18,8 +18,8 @@ from streamgen.costs import cache_bytes, pass_bytes, text_bytes
 from streamgen.errors import UserError
 from streamgen.pipeline import DTYPES, probe_dtype
 from streamgen_infer import machine
-from streamgen_infer.live_bytes import peak_bytes
 from streamgen_infer.models.fit_sizes import ModelSizes, read_sizes
+from streamgen_infer.models.live_bytes import peak_bytes
 
 MARGIN = 0.05
 """Share of a device that is left alone: what allocators and kernels take for themselves."""

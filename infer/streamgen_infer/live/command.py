@@ -24,10 +24,10 @@ from streamgen.errors import UserError
 from streamgen_infer.encoders import Video
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
-from streamgen_infer.live_keys import Keys, LineKeys, TerminalKeys, Typed
-from streamgen_infer.live_lines import HELP, Line, Manner, parse_line
-from streamgen_infer.live_playback import Playback, Waiting
-from streamgen_infer.live_screen import Face, PlainFace, ScreenFace, Standing
+from streamgen_infer.live.keys import Keys, LineKeys, TerminalKeys, Typed
+from streamgen_infer.live.lines import HELP, Line, Manner, parse_line
+from streamgen_infer.live.playback import Playback, Waiting
+from streamgen_infer.live.screen import Face, PlainFace, ScreenFace, Standing
 from streamgen_infer.requests import LATE, MadeBlock, StreamEvent, StreamRequest
 from streamgen_infer.sinks import STDOUT, Output, Sink, check_output
 from streamgen_infer.stream_command import whole_frames

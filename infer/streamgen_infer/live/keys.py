@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from streamgen_infer.live_lines import Editor
+from streamgen_infer.live.lines import Editor
 
 POLL_S = 0.1
 

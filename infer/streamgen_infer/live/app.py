@@ -42,7 +42,7 @@ def live(
 
     Where stdin is no terminal its lines are the prompts: PROMPT, or SECONDS=PROMPT.
     """
-    from streamgen_infer import live as command
+    from streamgen_infer.live import command
 
     options = command.Options(
         prompt=prompt,

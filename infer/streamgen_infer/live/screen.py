@@ -13,7 +13,7 @@ from typing import Protocol, TextIO
 
 import numpy as np
 
-from streamgen_infer.live_lines import Editor
+from streamgen_infer.live.lines import Editor
 from streamgen_infer.live_view import PLAIN_EVERY_S, one_line
 
 REFRESH_S = 0.08
