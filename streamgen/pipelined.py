@@ -55,6 +55,8 @@ class PipelinedStream(Stream):
         super().__init__(pipe, state, steps, None, max_blocks)
         self.finished = 0
         """Blocks that came out."""
+        self._made: tuple[Cue, Tensor] | None = None
+        """A block on its way through the codec: a codec that fails is asked again."""
 
     @property
     def made_blocks(self) -> int:
@@ -65,15 +67,14 @@ class PipelinedStream(Stream):
             raise StopIteration
         clock = Clock(self.pipe.device)
         passes_ms: list[float] = []
-        while True:
-            made = self._launch()
+        while self._made is None:
+            self._made = self._launch()
             passes_ms.append(clock.lap())
-            if made is not None:
-                break
-            if self._cancelled.is_set():
+            if self._made is None and self._cancelled.is_set():
                 raise StopIteration
-        cue, latents = made
+        cue, latents = self._made
         frames, self.state.codec = self.decode(latents)
+        self._made = None
         timing = BlockTiming(
             text_ms=0.0,
             recache_ms=0.0,
@@ -97,7 +98,13 @@ class PipelinedStream(Stream):
         """As `Stream.state_dict`, with what is in flight."""
         if at is not None:
             raise ValueError("a pipelined stream is saved as it stands; it has no snapshots")
-        return {**super().state_dict(), "visibility": self.visibility, "finished": self.finished}
+        saved = {**super().state_dict(), "visibility": self.visibility, "finished": self.finished}
+        return saved if self._made is None else {**saved, "made": self._made[1]}
+
+    def _load_flights(self, saved: Mapping[str, Any]) -> None:
+        self.finished = saved["finished"]
+        if "made" in saved:
+            self._made = self.timeline.at(self.finished), saved["made"].to(self.pipe.device)
 
 
 class DiagonalStream(PipelinedStream):
@@ -109,10 +116,10 @@ class DiagonalStream(PipelinedStream):
         self, pipe: StreamPipeline, state: StreamState, steps: int, first_steps: int | None, max_blocks: int | None
     ) -> None:
         super().__init__(pipe, state, steps, first_steps, max_blocks)
-        policy = state.cache.spec.policy
+        policy, stored_as = state.cache.spec.policy, state.cache.stored_as
+        caches = {step: pipe.new_cache(policy, stored_as=stored_as) for step in range(1, steps)}
         others = {
-            step: StreamState(geometry=pipe.geometry, cache=pipe.new_cache(policy), seeds=state.seeds)
-            for step in range(1, steps)
+            step: StreamState(geometry=pipe.geometry, cache=cache, seeds=state.seeds) for step, cache in caches.items()
         }
         self.levels = LevelCaches({0: state, **others})
         self._sampled = pipe.sampling(steps)
@@ -123,7 +130,7 @@ class DiagonalStream(PipelinedStream):
         state, sampling, model = self.state, self._sampled, self.pipe.transformer
         entering = state.position
         if entering not in self._flights:
-            cue = self._fix_cue()
+            cue = self.fix_cue()
             self._flights[entering] = _Flight(cue, self._texts.context(self.timeline, cue), state.noise(0))
         for flight in self._flights.values():
             again = recache_pass(self.levels[flight.step], flight.step, flight.text, sampling, flight.cue.transition)
@@ -172,7 +179,7 @@ class DiagonalStream(PipelinedStream):
             for name, flight in saved["flights"].items():
                 cue, text = self._text(int(name))
                 self._flights[int(name)] = _Flight(cue, text, flight["x_t"].to(self.pipe.device), flight["step"])
-        self.finished = saved["finished"]
+        super()._load_flights(saved)
 
 
 class RollingStream(PipelinedStream):
@@ -240,7 +247,7 @@ class RollingStream(PipelinedStream):
         noisy = {int(name): flight["x_t"].to(self.pipe.device) for name, flight in saved["flights"].items()}
         self._window = RollingWindow(saved["launch"], noisy)
         self._texts_of = {block: self._text(block) for block in noisy}
-        self.finished = saved["finished"]
+        super()._load_flights(saved)
 
 
 BY_VISIBILITY: dict[str, type[Stream]] = {"clean": Stream, "same_level": DiagonalStream, "joint": RollingStream}

@@ -46,6 +46,16 @@ class Cue:
     """(version, share) of the texts, newest first; the shares add up to 1."""
 
 
+def _sound(entry: Prompt) -> bool:
+    """Whether an entry that was read from somewhere can be used."""
+    numbers = ((entry.block, 0), (entry.version, 0), (entry.blend_blocks, 1))
+    return (
+        all(isinstance(number, int) and number >= least for number, least in numbers)
+        and isinstance(entry.prompt, str)
+        and entry.transition in TRANSITIONS
+    )
+
+
 class PromptTimeline:
     """Prompts in the order of their blocks; it grows only at blocks that have not begun.
 
@@ -66,11 +76,12 @@ class PromptTimeline:
         blend_blocks: int = 4,
         earliest: int = 0,
         insert: bool = False,
+        replace_until: int = 0,
     ) -> int:
         """Let `prompt` hold from `block` on and return its version; of two prompts for one block the later holds.
 
         `earliest` is the first block that has not begun. UserError for a block before it, and unless `insert` for one
-        before the last prompt's.
+        before the last prompt's. Prompts for the blocks [block, replace_until) are given up for it.
         """
         if transition not in TRANSITIONS:
             raise UserError(f"unknown transition {transition!r}; there are: {', '.join(TRANSITIONS)}")
@@ -87,6 +98,7 @@ class PromptTimeline:
         blends = blend_blocks if transition == "blend" else 1
         version, self.versions = self.versions, self.versions + 1
         entry = Prompt(block=block, prompt=prompt, version=version, transition=transition, blend_blocks=blends)
+        self.cut(block, replace_until)
         # A new list: other threads may be reading the old one.
         place = bisect_right(self.prompts, block, key=lambda other: other.block)
         self.prompts = [*self.prompts[:place], entry, *self.prompts[place:]]
@@ -135,7 +147,16 @@ class PromptTimeline:
 
     @classmethod
     def from_state(cls, state: list[dict[str, Any]]) -> PromptTimeline:
+        """The inverse of `state_dict`; UserError for what it cannot have given."""
         timeline = cls("")
-        timeline.prompts = [Prompt(**{"version": number, **entry}) for number, entry in enumerate(state)]
-        timeline.versions = 1 + max(entry.version for entry in timeline.prompts)
+        try:
+            timeline.prompts = [Prompt(**{"version": number, **entry}) for number, entry in enumerate(state)]
+        except TypeError:
+            timeline.prompts = []
+        blocks = [entry.block for entry in timeline.prompts]
+        versions = {entry.version for entry in timeline.prompts}
+        whole = all(_sound(entry) for entry in timeline.prompts) and blocks == sorted(blocks)
+        if not whole or not blocks or blocks[0] != 0 or len(versions) != len(blocks):
+            raise UserError("the saved prompts are not whole: each needs a block, a text, a version and a transition")
+        timeline.versions = 1 + max(versions)
         return timeline

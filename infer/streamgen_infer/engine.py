@@ -40,10 +40,10 @@ class Work:
         """Its commit, and all passes of the next block but the last, need not wait for the codec."""
         self.cue: Cue | None = None
 
-    def begin(self, steps: int | None = None) -> None:
-        """Open the stream's next block; steps: other than the stream's own."""
+    def begin(self, steps: int | None = None, cue: Cue | None = None) -> None:
+        """Open the stream's next block; steps: other than the stream's own. cue: what `Stream.fix_cue` gave for it."""
         assert self.run is None
-        self.cue, self.run = self.stream.begin(steps)
+        self.cue, self.run = self.stream.begin(steps, cue)
 
     def choose_steps(self, steps: int) -> None:
         """The number of steps of a block that has not made its first one."""

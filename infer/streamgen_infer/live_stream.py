@@ -23,6 +23,9 @@ from streamgen_infer.scheduler import StreamView
 
 SHOWN = "shown_frames"
 """Key of a saved state: frames that the viewer has been given."""
+MAX_FRAMES = 2**32
+MAX_PROMPTS_AHEAD = 1024
+"""Prompts for blocks that have not begun."""
 
 OnBlock = Callable[[MadeBlock], None]
 OnEvent = Callable[[StreamEvent], None]
@@ -67,6 +70,8 @@ class LiveStream:
         self.paused = self.closed = self.degraded = False
         start = self.geometry.block_pixel_start(stream.state.position)
         self.next_frame = start if request.saved is None else request.saved.get(SHOWN, start)
+        if not (isinstance(self.next_frame, int) and start <= self.next_frame < MAX_FRAMES):
+            raise UserError(f"the state was shown up to frame {self.next_frame!r}; it begins at frame {start}")
         """The first frame that the viewer has not been given; what is before it is made again and not shown."""
         self.last_served_s = now()
         self.current = InProgress()
@@ -74,6 +79,8 @@ class LiveStream:
         self.pending_snapshot: Snapshot | None = None
         """Taken at a commit whose block still waits for the codec."""
         self.version_shown = -1
+        self.handing: int | None = None
+        """The thread that gives a block to the viewer at this moment."""
         self.turn: Turn | None = None
         self.checkpoints = checkpoints
         checkpoints.add(stream.snapshot())
@@ -83,6 +90,8 @@ class LiveStream:
             made_s=self.media_s(self.next_frame),
         )
         self._lock, self._now = lock, now
+        if request.paused:
+            self.pause()
 
     # What a viewer may ask; from any thread.
 
@@ -113,17 +122,12 @@ class LiveStream:
                 block = min(begun, self._unseen_block())
             elif apply_at != "next_block":
                 raise UserError(f"apply_at is {apply_at!r}; it is one of: next_block, playhead")
-            told = len(self.stream.warnings)
-            version = self.stream.change(text, transition, block, blend_blocks=blend_blocks)
+            self._check_room(block, begun)
+            version, odd = self.stream.change(text, transition, block, begun=begun, blend_blocks=blend_blocks)
             if block < begun:
                 self._turn_back(block, self.geometry.block_pixel_start(block), self._block_s(block))
             self._lock.notify_all()
-            return Receipt(
-                version=version,
-                block=block,
-                media_s=self._block_s(block),
-                warnings=tuple(self.stream.warnings[told:]),
-            )
+            return Receipt(version=version, block=block, media_s=self._block_s(block), warnings=odd)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -152,6 +156,7 @@ class LiveStream:
             self._check_open()
             self.paused = False
             self.clock.resume(self._now())
+            self.last_served_s = self._now()
             self._lock.notify_all()
 
     def seek(self, media_s: float) -> Receipt:
@@ -160,7 +165,7 @@ class LiveStream:
             self._check_open()
             if not (math.isfinite(media_s) and media_s >= 0):
                 raise UserError(f"a seek to {media_s} s; it must be a number of at least 0")
-            frame = max(min(round(media_s * self.fps), self.next_frame), self._first_frame())
+            frame = max(min(round(media_s * self.fps), self._next_frame()), self._first_frame())
             block = self._block_of_frame(frame)
             self._turn_back(block, frame, self.media_s(frame))
             self._lock.notify_all()
@@ -185,6 +190,8 @@ class LiveStream:
     def state_dict(self) -> dict[str, Any]:
         """The stream after the last frame that was given out; `StreamRequest.saved` goes on from there, exactly."""
         with self._lock:
+            # What is on its way to the viewer must be there before the state that holds it.
+            self._lock.wait_for(lambda: self.handing in (None, threading.get_ident()))
             frame = self._next_frame()
             return {**self.stream.state_dict(self.checkpoints.before(self._block_of_frame(frame))), SHOWN: frame}
 
@@ -295,6 +302,14 @@ class LiveStream:
         seen = math.ceil(self.clock.playhead_s(self._now()) * self.fps - 1e-6)
         block = 0 if self.next_frame == 0 or seen <= 0 else self._block_of_frame(seen) + 1
         return max(block, self.checkpoints.blocks()[0])
+
+    def _check_room(self, block: int, begun: int) -> None:
+        """UserError for a prompt past the end, or one too many."""
+        limit = self.stream.max_blocks
+        if limit is not None and block >= limit:
+            raise UserError(f"a prompt for block {block} is past the end: the stream has {limit} blocks")
+        if sum(entry.block > max(block, begun) for entry in self.stream.timeline.prompts) >= MAX_PROMPTS_AHEAD:
+            raise UserError(f"{MAX_PROMPTS_AHEAD} prompts wait for their block: no more until some have begun")
 
     def _check_open(self) -> None:
         if self.closed:

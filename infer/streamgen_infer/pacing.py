@@ -12,7 +12,7 @@ What is made ahead of the viewer is bounded by `lead_s`, so a slow viewer costs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 DEAD_BAND_S = 0.05
@@ -40,6 +40,11 @@ class MediaClock:
     """The last report: (reading, media time)."""
     _shown: bool = False
     """A block was delivered since the start or the last `turn`: there is something to report."""
+    _from_s: float = field(init=False)
+    """Media time of the start or of the last `turn`: the viewer is there, before anything new is shown."""
+
+    def __post_init__(self) -> None:
+        self._from_s = self.made_s
 
     def _at(self, now_s: float) -> float:
         """The reading at which the viewer's time stands: `now_s`, or the pause's beginning."""
@@ -71,7 +76,7 @@ class MediaClock:
 
     def playhead_s(self, now_s: float) -> float:
         """Media time that the viewer sees now, as far as is known."""
-        return min(max(self._at(now_s) - self.origin_s, 0.0), self.made_s)
+        return min(max(self._at(now_s) - self.origin_s, self._from_s), self.made_s)
 
     def delivered(self, media_s: float, block_s: float, now_s: float) -> float:
         """A block is ready -> its slack at that moment, in seconds; negative: late, and all later frames move."""
@@ -115,7 +120,7 @@ class MediaClock:
         """The stream goes on from another media time, due in `start_s`; what was made from there on is void."""
         self._at(now_s)
         self.origin_s = now_s + start_s - media_s
-        self.made_s = media_s
+        self.made_s = self._from_s = media_s
         self._reported, self._shown = None, False
         if self._paused_s is not None:
             self._paused_s = now_s

@@ -43,6 +43,8 @@ class StreamRequest:
     """Allowed time from acceptance to the first frame: deadlines count from there."""
     max_seconds: float | None = None
     """Length of the video in media time; None: until closed."""
+    paused: bool = False
+    """Nothing is made before the first `LiveStream.play`: prompts for its first blocks can still be given."""
     saved: dict[str, Any] | None = None
     """A state of `LiveStream.state_dict` to go on from; prompt and seed are its own then."""
 

@@ -12,11 +12,12 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
 from streamgen.stream import Stream
+from streamgen.timeline import Cue
 from streamgen_infer.admission import Limits, Load, Memory, admit
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.cost_model import CostModel
@@ -68,6 +69,8 @@ class Runtime:
         self.admission, self.checkpoint_bytes = admission, checkpoint_bytes
         self.memory_bytes = _half_of_free_memory() if memory_bytes is None else memory_bytes
         self._warm_up_prompt = warm_up_prompt
+        self._codec_bytes = 0
+        """Of one stream's codec state, as the warm-up found it."""
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         """What ended the thread, if anything did."""
@@ -171,6 +174,7 @@ class Runtime:
 
     def _turn(self) -> bool:
         """One launch, or one wait; False when the runtime is closing."""
+        cues: dict[str, Cue] = {}
         with self._lock:
             if self._closing:
                 return False
@@ -184,9 +188,10 @@ class Runtime:
                 events, launch, lives = ended, None, []
             else:
                 launch, lives = decision, [self._streams[name] for name in decision.streams]
-                events = ended + self._begin(launch, lives)
+                cues, events = self._fix_cues(launch, lives)
+                events = ended + events
         self._tell(events)
-        if launch is not None:
+        if launch is not None and (lives := self._begin(launch, lives, cues)):
             self._launch(launch, lives)
         return True
 
@@ -201,26 +206,42 @@ class Runtime:
                 events.append((live, StreamEvent(kind="ended", block=live.stream.state.position)))
         return events
 
-    def _begin(self, launch: Launch, lives: Sequence[LiveStream]) -> list[Told]:
-        """Open the blocks that this launch begins, with the steps chosen for them."""
+    def _fix_cues(self, launch: Launch, lives: Sequence[LiveStream]) -> tuple[dict[str, Cue], list[Told]]:
+        """The prompts of the blocks that this launch begins."""
         events: list[Told] = []
-        if launch.kind in ("decode", "preview"):
-            return events
+        cues: dict[str, Cue] = {}
         for live in lives:
-            if live.work.run is None:
+            if launch.kind in ("decode", "preview") or live.work.run is not None:
+                continue
+            cue = cues[live.id] = live.stream.fix_cue()
+            if cue.version != live.version_shown:
+                live.version_shown = cue.version
+                event = StreamEvent(kind="applied", block=live.stream.state.position, version=cue.version)
+                events.append((live, event))
+        return cues, events
+
+    def _begin(self, launch: Launch, lives: Sequence[LiveStream], cues: Mapping[str, Cue]) -> list[LiveStream]:
+        """Open the blocks that this launch begins, with the steps chosen for them -> the streams that are ready.
+
+        A text may have to be encoded, so the lock is not held.
+        """
+        if launch.kind in ("decode", "preview"):
+            return list(lives)
+        ready: list[LiveStream] = []
+        for live in lives:
+            if live.id in cues:
                 live.current = InProgress()
-                live.work.begin()
-                cue = live.work.cue
-                assert cue is not None
-                if cue.version != live.version_shown:
-                    live.version_shown = cue.version
-                    event = StreamEvent(kind="applied", block=live.stream.state.position, version=cue.version)
-                    events.append((live, event))
+                try:
+                    live.work.begin(cue=cues[live.id])
+                except Exception as error:  # noqa: BLE001 (told to the one stream that it concerns)
+                    self._fail(live, error)
+                    continue
             if live.id in launch.steps:
                 live.work.choose_steps(launch.steps[live.id])
                 live.current.steps_chosen = True
                 live.current.flags |= launch.flags.get(live.id, 0)
-        return events
+            ready.append(live)
+        return ready
 
     def _launch(self, launch: Launch, lives: Sequence[LiveStream]) -> None:
         if launch.kind in ("decode", "preview"):
@@ -282,8 +303,8 @@ class Runtime:
                     continue
                 frame = first + hidden
                 media_s, length_s = live.media_s(frame), (len(frames) - hidden) / live.fps
-                due_s = live.clock.due_s(media_s)
-                late = live.clock.delivered(media_s, length_s, ready_s) < 0
+                slack_s = live.clock.delivered(media_s, length_s, ready_s)  # in a pause too: as if it ended now
+                late = slack_s < 0
                 live.next_frame = first + len(frames)
                 flags = live.undecoded_flags | launch.flags.get(live.id, 0) | (LATE if late else 0)
                 self._stats.blocks += 1
@@ -300,13 +321,17 @@ class Runtime:
                     frames=frames[hidden:],
                     first_frame=frame,
                     media_s=media_s,
-                    due_at_s=due_s,
+                    due_at_s=ready_s + slack_s,
                     ready_at_s=ready_s,
                     steps=finished.steps,
                     prompt_version=finished.cue.version,
                     flags=flags,
                 )
+                live.handing = threading.get_ident()
             self._guarded(live, lambda live=live, made=made: live.on_block(made))  # type: ignore[misc]
+            with self._lock:
+                live.handing = None
+                self._lock.notify_all()
         with self._lock:
             self._count(launch.kind, shape, len(lives), self._now() - started_s)
         self._tell(told)
@@ -353,7 +378,12 @@ class Runtime:
             seconds = request.max_seconds * (request.fps or geometry.fps) / geometry.fps
             blocks = max(geometry.blocks_for_seconds(seconds), 1)
         if request.saved is not None:
-            return self.pipe.resume(request.saved, max_blocks=blocks)
+            stream = self.pipe.resume(request.saved, max_blocks=blocks)
+            if stream.visibility != Stream.visibility:
+                raise UserError(
+                    f"the state is of a stream with visibility {stream.visibility}: live are clean ones only"
+                )
+            return stream
         return self.pipe.stream(
             request.prompt, seed=request.seed, steps=request.steps, cache=request.cache, max_blocks=blocks
         )
@@ -365,12 +395,17 @@ class Runtime:
     def _load(self, request: StreamRequest, stream: Stream, live: LiveStream | None = None) -> Load:
         geometry, fps = self.pipe.geometry, request.fps or self.pipe.geometry.fps
         frame_bytes = 3 * geometry.height * geometry.width
-        held = stream.state.cache.nbytes() + self.checkpoint_bytes + int(request.lead_s * fps * frame_bytes)
+        cache = stream.state.cache
+        recent_bytes = 4 * cache.fill()[1] * geometry.latent_channels * geometry.latent_height * geometry.latent_width
+        snapshot_bytes = cache.nbytes() + recent_bytes + self._codec_bytes
+        # The dense snapshots and the first are kept beyond the budget; one more waits for its codec state.
+        checkpoint_bytes = max(self.checkpoint_bytes, (self._dense(request) + 1) * snapshot_bytes) + snapshot_bytes
+        steps = request.steps if live is None else live.fixed_steps
         return Load(
             shape=self._shape(1),
             period_s=geometry.block_pixel_frames(1) / fps,
-            steps=request.steps or self.pipe.scheduler.trained_steps[0],
-            bytes=held,
+            steps=steps or self.pipe.scheduler.trained_steps[0],
+            bytes=cache.nbytes() + checkpoint_bytes + int(request.lead_s * fps * frame_bytes),
             due_s=0.0 if live is None else live.clock.origin_s,
         )
 
@@ -391,6 +426,8 @@ class Runtime:
                     for work in works:
                         if not work.advanced() and work.finished:
                             self._timed("decode", self._shape(block), [work])
+            codec = works[0].stream.state.codec or {}
+            self._codec_bytes = sum(tensor.nbytes for tensor in codec.values())
             if rows == 1:
                 works[0].stream.prompt(self._warm_up_prompt, "recache")
                 works[0].begin()

@@ -106,6 +106,9 @@ class FrameServer:
             except (UserError, p.Refusal, KeyError, ValueError, TypeError) as error:
                 log.error("%s is not continued: %s", path, error)
                 continue
+            except Exception:  # whatever is in one file, the other sessions go on
+                log.exception("%s is not continued", path)
+                continue
             self.sessions[session.id] = session
             log.info("session restored", extra={"session": session.id})
 
@@ -157,7 +160,7 @@ class FrameServer:
         )
         session.resume_within_s = self.settings.resume_s
         if (folder := self.settings.save_dir) is not None:
-            session.before_receipt = lambda: saving.save_journal(session, folder)
+            session.before_receipt = lambda: self._save_journal(session, folder)
         return session
 
     def _check_ready(self) -> Engine:
@@ -187,10 +190,11 @@ class FrameServer:
                 change = p.Interaction(event_id="start", event=p.Event(prompt=start.prompt))
                 await session.handle(p.Interact(type="session.interaction", interaction=change))
         except p.Refusal:
-            del self.sessions[session.id]
+            self.sessions.pop(session.id, None)
             raise
         except Exception as error:
-            del self.sessions[session.id]
+            self.sessions.pop(session.id, None)
+            await session.close()
             if kept is None or kept.ours:
                 log.exception("a session did not open", extra={"session": session.id})
                 raise p.Refusal("internal", "the session did not open") from error
@@ -290,9 +294,11 @@ class FrameServer:
             self._poke.clear()
             self._drop_clips()
             for session in list(self.sessions.values()):
-                with suppress(p.Refusal):  # it failed meanwhile, and said so
+                try:
                     await self._check_time(session)
                     await self._save_in_time(session)
+                except Exception:  # the watch over the others goes on
+                    log.exception("a session could not be looked after", extra={"session": session.id})
 
     def _drop_clips(self) -> None:
         for name, clip in list(self.clips.items()):
@@ -335,6 +341,16 @@ class FrameServer:
             await saving.save(session, self.settings.save_dir)
         except (UserError, OSError) as error:  # a full disk ends no stream
             log.error("not saved: %s", error, extra={"session": session.id})
+        except p.Refusal:  # it failed meanwhile, and said so
+            return
+        except Exception:  # nor does it keep the server from its end
+            log.exception("not saved", extra={"session": session.id})
+
+    def _save_journal(self, session: Session, folder: Path) -> None:
+        try:
+            saving.save_journal(session, folder)
+        except (UserError, OSError) as error:
+            log.error("a prompt is not saved: %s", error, extra={"session": session.id})
 
     def metrics_text(self) -> bytes:
         """For /metrics."""

@@ -38,7 +38,7 @@ class FakeStream:
         self.changes: list[list[Any]] = [list(one) for one in saved.get("changes", [[0, 0, request.prompt]])]
         self.warnings: tuple[str, ...] = ()
         self.epoch, self.shown_s, self.fixed = 0, 0.0, request.steps or 4
-        self.paused = self.closed = self.ended = False
+        self.paused, self.closed, self.ended = request.paused, False, False
         self.lock = threading.RLock()
         limit = request.max_seconds
         self.last_block = None if limit is None else max(1, self.geometry.blocks_for_seconds(limit))

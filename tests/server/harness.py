@@ -42,7 +42,7 @@ class Running:
 @contextmanager
 def serving(make_engine: Callable[[], Any], folder: Path, **settings: Any) -> Iterator[Running]:
     """A ready server; drained at the end."""
-    port = settings.pop("port", 0)
+    port, ready_s = settings.pop("port", 0), settings.pop("ready_s", 20.0)
     values: dict[str, Any] = {"tokens": OPEN, "work_dir": folder / "work", **settings}
     server = FrameServer(make_engine, ServeSettings(**values))
     config = uvicorn.Config(
@@ -63,7 +63,7 @@ def serving(make_engine: Callable[[], Any], folder: Path, **settings: Any) -> It
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    wait_for(lambda: web.started and server.ready is None)
+    wait_for(lambda: web.started and server.ready is None, ready_s)
     port = web.servers[0].sockets[0].getsockname()[1]
     try:
         yield Running(server, port, loops[0])

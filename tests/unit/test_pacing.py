@@ -139,7 +139,7 @@ def test_turning_makes_another_time_due() -> None:
     one = make(clock(), 3, 99.0)
     one.report(0.0, 100.0)
     one.turn(1.0, 101.5, 0.5)
-    assert (one.due_s(1.0), one.made_s, one.playhead_s(101.5)) == (102, 1.0, 0.5)
+    assert (one.due_s(1.0), one.made_s, one.playhead_s(101.5)) == (102, 1.0, 1.0)
     one.report(1.0, 101.6)  # of before the turn, or of nothing new
     assert one.due_s(1.0) == 102
     assert one.delivered(1.0, 1.0, 101.75) == 0.25

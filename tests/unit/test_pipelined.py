@@ -182,3 +182,21 @@ def test_bad_wishes(pipe: StreamPipeline) -> None:
         pipe.stream(FIRST, steps=2, visibility="joint").prompt(OTHER, "scene")
     with pytest.raises(UserError, match="does not fit a window"):
         pipe.stream(FIRST, steps=4, visibility="joint")
+
+
+@pytest.mark.parametrize("visibility", ["same_level", "joint"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_codec_that_fails_loses_no_block(
+    pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch, visibility: str, saved: bool
+) -> None:
+    whole = video(pipe.stream(FIRST, seed=3, steps=2, max_blocks=4, visibility=visibility))
+    stream = pipe.stream(FIRST, seed=3, steps=2, max_blocks=4, visibility=visibility)
+    frames = [next(stream).frames]
+    with monkeypatch.context() as broken:
+        broken.setattr(pipe.codec, "decode_stream", None)
+        with pytest.raises(TypeError):
+            next(stream)
+    if saved:
+        stream = pipe.resume(stream.state_dict(), max_blocks=4)
+    frames += [block.frames for block in stream]
+    assert np.array_equal(np.concatenate(frames), whole)

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from streamgen_infer.serve.session import Session
 
 log = logging.getLogger("streamgen.serve")
+MAX_WAITING = 1024
+"""Commands that were received and wait for the block that obeys them."""
 
 
 async def obey(session: Session, message: Any) -> None:
     """Do it and say so; Refusal, with nothing changed, if it cannot be done."""
+    if len(session.receipts.waiting) >= MAX_WAITING and isinstance(message, p.Interact | p.Seek | p.Steps):
+        raise p.Refusal("rate", f"{MAX_WAITING} commands wait for their block: wait until some are applied")
     match message:
         case p.Interact():
             await _interact(session, message)
@@ -35,6 +39,7 @@ async def obey(session: Session, message: Any) -> None:
         case p.Steps():
             await session.call(session.live.steps, message.steps)
             session.start = session.start.model_copy(update={"steps": message.steps})
+            session.receipts.supersede_steps()
             session.receipts.waiting.append(_received(session, message, steps=message.steps))
             session.dirty = True
         case p.Record():
@@ -63,7 +68,7 @@ def _done(session: Session, item: Waiting, **more: str | None) -> None:
 async def _pause_or_play(session: Session, message: p.Pause | p.Play) -> None:
     session.user_paused = isinstance(message, p.Pause)
     running = not session.user_paused and not session.stalled
-    await session.call(session.live.play if running else session.live.pause)
+    session.nudge("play" if running else "pause")  # here and now, in the order of what `hold_back` says
     item = _received(session, message)
     if session.life.state != "warming":
         session.go("paused" if session.user_paused else "playing")
@@ -86,12 +91,14 @@ async def _interact(session: Session, message: p.Interact) -> None:
         if session.epoch == before:
             session.unmake(receipt)
         session.dirty = True
-    else:
+    elif session.before_receipt is not None:
         entry = {"prompt": change.event.prompt, "transition": change.transition}
         session.journal.append(entry | {"blend_blocks": change.transition_chunks, "media_s": receipt.media_s})
         await asyncio.to_thread(session.before_receipt)
     event_id = change.event_id or f"prompt-{receipt.version}"
-    item = session.receipts.accept(message.type, message.id, event_id=event_id, prompt_version=receipt.version)
+    item = session.receipts.accept(
+        message.type, message.id, event_id=event_id, prompt_version=receipt.version, from_block=receipt.block
+    )
     session.say(
         p.InteractionQueued(
             id=message.id,

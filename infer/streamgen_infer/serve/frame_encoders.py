@@ -7,6 +7,7 @@ its first-frame delay with every restart.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,6 +74,8 @@ class FragmentedMp4:
         from streamgen_infer.encoders import Mp4, Video
 
         self.memory = io.BytesIO()
+        self.lock = threading.Lock()
+        """A connection may end while a thread encodes its frame."""
         self.mp4 = Mp4(self.memory, Video(height=height, width=width, fps=fps))
         self.gop_frames = max(1, round(KEYFRAME_EVERY_S * fps))
         self.head = self._drain()
@@ -83,11 +86,13 @@ class FragmentedMp4:
         return self.head
 
     def encode(self, rgb_HWC: np.ndarray) -> bytes:
-        self.mp4.write(rgb_HWC[None], keyframe=self.mp4.frames % self.gop_frames == 0)
-        return self._drain()
+        with self.lock:
+            self.mp4.write(rgb_HWC[None], keyframe=self.mp4.frames % self.gop_frames == 0)
+            return self._drain()
 
     def close(self) -> None:
-        self.mp4.finish()
+        with self.lock:
+            self.mp4.finish()
 
     def _drain(self) -> bytes:
         data = self.memory.getvalue()

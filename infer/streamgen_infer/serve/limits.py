@@ -100,13 +100,17 @@ def check_bind(host: str, tokens: Tokens) -> None:
 
 def check_origin(origin: str | None, host: str | None, *, bound_to: str, allowed: tuple[str, ...]) -> None:
     """Refusal for pages of other sites, and for other names of this machine (DNS rebinding)."""
-    name = urlsplit(f"//{host}").hostname if host else None
+    try:
+        name = urlsplit(f"//{host}").hostname if host else None
+        site = None if origin is None else urlsplit(origin).netloc
+    except ValueError:
+        raise Refusal("forbidden_origin", "Host or Origin is no address", fatal=True) from None
     named = [urlsplit(one).hostname for one in allowed]
     if is_local(bound_to) and name is not None and not is_local(name) and name not in named:
         raise Refusal("forbidden_origin", f"this server is not called {name}: use 127.0.0.1, or --origin", fatal=True)
     if origin is None or origin in allowed:
         return
-    if urlsplit(origin).netloc != host:
+    if site != host:
         raise Refusal(
             "forbidden_origin", f"pages of {origin} may not use this server; allow them by --origin", fatal=True
         )

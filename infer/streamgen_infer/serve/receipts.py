@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamgen_infer import protocol as p
@@ -18,7 +18,8 @@ class Waiting:
     id: str | None
     event_id: str | None = None
     prompt_version: int | None = None
-    """A block with this prompt or a later one."""
+    """A block with this prompt or a later one, from `from_block` on: one for later is not shown by one for now."""
+    from_block: int = 0
     above_epoch: int | None = None
     """A block of a later epoch."""
     steps: int | None = None
@@ -26,7 +27,7 @@ class Waiting:
 
     def holds(self, info: BlockInfo) -> bool:
         if self.prompt_version is not None:
-            return info.prompt_version >= self.prompt_version
+            return info.block >= self.from_block and info.prompt_version >= self.prompt_version
         if self.above_epoch is not None:
             return info.epoch > self.above_epoch
         return self.steps is None or info.steps == self.steps
@@ -51,6 +52,10 @@ class Receipts:
     def accept(self, command: str, id: str | None, **condition: Any) -> Waiting:
         self.version += 1
         return Waiting(command=command, version=self.version, id=id, **condition)
+
+    def supersede_steps(self) -> None:
+        """Other steps are asked for: those before may never be seen, so the next block answers for them."""
+        self.waiting = [replace(item, steps=None) if item.command == "session.steps" else item for item in self.waiting]
 
     def block(self, info: BlockInfo, media_s: float) -> list[p.Message]:
         """What to say when this block is made."""

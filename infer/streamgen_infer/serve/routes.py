@@ -231,7 +231,9 @@ def _read_state(body: bytes) -> dict[str, Any]:
             seeds = state["seeds"]
             if not (isinstance(seeds, list) and len(seeds) == 1 and isinstance(seeds[0], int)):
                 raise UserError("it holds no seed")
-        except (UserError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if any(len(entry["prompt"]) > p.MAX_PROMPT_CHARACTERS for entry in state.get("timeline", ())):
+                raise UserError(f"a prompt of more than {p.MAX_PROMPT_CHARACTERS} characters")
+        except (UserError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             why = str(error).replace(file.name, "the state")
             raise p.Refusal("bad_request", f"no saved stream: {why}"[:500]) from None
     return state

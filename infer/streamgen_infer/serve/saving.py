@@ -79,20 +79,25 @@ async def restore(path: Path, session_of: Callable[[p.Start, str], Session], eng
     session.receipts.version, session.save_number = words["version"], words["number"]
     session.user_paused = words["user_paused"]
     session.epoch_base, session.skip_through, session.tail = session.epoch, session.next_frame - 1, tail
-    await session.open(engine, stream)
+    await session.open(engine, stream, hold=True)  # until the prompts are there: they may be for its next block
+    try:
+        for entry in _journal(path, session.save_number):
+            await session.call(
+                session.live.prompt,
+                entry["prompt"],
+                entry["transition"],
+                at_media_s=entry["media_s"],
+                blend_blocks=entry["blend_blocks"],
+            )
+            session.prompt = entry["prompt"]
+            session.journal.append(entry)
+    except BaseException:
+        await session.close()
+        raise
     if session.user_paused:
-        await session.call(session.live.pause)
         session.go("paused")
-    for entry in _journal(path, session.save_number):
-        await session.call(
-            session.live.prompt,
-            entry["prompt"],
-            entry["transition"],
-            at_media_s=entry["media_s"],
-            blend_blocks=entry["blend_blocks"],
-        )
-        session.prompt = entry["prompt"]
-        session.journal.append(entry)
+    else:
+        await session.call(session.live.play)
     return session
 
 

@@ -66,8 +66,8 @@ class Session:
         self.early: list[MadeBlock] = []
         self.tail: list[QueuedFrame] = []
         """Of a saved session: what its viewer had not confirmed."""
-        self.before_receipt: Callable[[], None] = lambda: None
-        """Called when a prompt is accepted, before it is said."""
+        self.before_receipt: Callable[[], None] | None = None
+        """Called when a prompt is accepted, before it is said; None: there is no journal."""
         self.last_ready_s: float | None = None
         self.recorder: ClipRecorder | None = None
         self.playhead_s: float | None = None
@@ -84,8 +84,8 @@ class Session:
             raise p.Refusal("illegal_state", f"the session is {self.life.state}")
         return self._live
 
-    async def open(self, engine: Engine, saved: dict[str, Any] | None = None) -> None:
-        """Ask for the stream; Refusal if it is not to be had."""
+    async def open(self, engine: Engine, saved: dict[str, Any] | None = None, *, hold: bool = False) -> None:
+        """Ask for the stream; Refusal if it is not to be had. hold: it makes nothing before its first `play`."""
         start, loop = self.start, asyncio.get_running_loop()
         request = StreamRequest(
             prompt=start.prompt or "",
@@ -96,6 +96,7 @@ class Session:
             lead_s=start.streaming_buffer_seconds,
             start_s=start.start_seconds,
             max_seconds=start.max_seconds,
+            paused=hold or (saved is None and bool(start.timeline)),
             saved=saved,
         )
 
@@ -123,6 +124,19 @@ class Session:
             self.metrics.refused("request")
             self.go("closed")
             raise p.Refusal("bad_request", str(error), fatal=True) from None
+        try:
+            await self._opened(saved)
+            if request.paused and not hold:
+                await self.call(self.live.play)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _opened(self, saved: dict[str, Any] | None) -> None:
+        """The stream is there: give it its prompts."""
+        if self.life.state != "queued":
+            raise p.Refusal("illegal_state", "the session was ended while it opened", fatal=True)
+        start = self.start
         self.metrics.admitted()
         self.accepted_s = self.clock()
         self.geometry, self.fps = self.live.geometry, self.live.fps
@@ -142,7 +156,6 @@ class Session:
             try:
                 await obey(self, p.Interact(type="session.interaction", interaction=change))
             except p.Refusal as refusal:
-                await self.close()
                 raise p.Refusal("bad_request", f"timeline {number}: {refusal}", fatal=True) from None
         while self.early:
             self.take_block(self.early.pop(0))
@@ -270,7 +283,7 @@ class Session:
         elif not stall or self.queue.half_empty:
             self.stalled = False
         if held != self.stalled and not self.user_paused:
-            self._nudge("pause" if self.stalled else "play")
+            self.nudge("pause" if self.stalled else "play")
 
     # Commands.
 
@@ -304,12 +317,12 @@ class Session:
         if self.life.state not in LIVE:
             return
         self.playhead_s = message.position_seconds
-        self._nudge("playhead", message.position_seconds)
+        self.nudge("playhead", message.position_seconds)
         if message.received_frame is not None:
             self.queue.confirm(message.received_frame)
             self.wake.set()
 
-    def _nudge(self, name: str, *arguments: float) -> None:
+    def nudge(self, name: str, *arguments: float) -> None:
         """Tell the stream, if there is one still; it never blocks and needs no answer."""
         if self._live is not None and not self.ended:
             with suppress(UserError):  # it has ended this moment: the event is under way
