@@ -101,6 +101,9 @@ class Watcher:
     def until(self, frames: int) -> None:
         wait_for(lambda: self.shown >= frames)
 
+    def until_ended(self) -> None:
+        wait_for(lambda: any(event.kind == "ended" for event in self.events))
+
     def numbers(self) -> list[int]:
         return [block.first_frame + at for block in list(self.blocks) for at in range(len(block.frames))]
 

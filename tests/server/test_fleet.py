@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from streamgen.errors import UserError
-from streamgen_infer.requests import Refused
+from streamgen_infer.requests import MadeBlock, Refused, StreamRequest
 from streamgen_infer.serve.fleet import Fleet
 from streamgen_infer.serve.options import Options, check
 from streamgen_infer.serve.replica import Handed, Replica
-from tests.server.fleet_harness import NEXT, Neighbours, Watcher, alone, place_of
+from tests.server.fleet_harness import NEXT, PROMPT, Neighbours, Watcher, alone, place_of
 from tests.server.harness import wait_for
 from tests.tiny_model import save_tiny_model
 
@@ -56,7 +56,7 @@ def test_streams_spread_and_show_what_the_pipeline_makes(fleets: Fleets, model: 
     watchers = [Watcher(fleet, seed=seed, max_seconds=3.0) for seed in range(4)]
     assert sorted(place_of(one) for one in watchers) == ["r0", "r0", "r1", "r1"]
     for seed, watcher in enumerate(watchers):
-        wait_for(lambda watcher=watcher: any(event.kind == "ended" for event in watcher.events))
+        watcher.until_ended()
         assert [event.kind for event in watcher.events if event.kind != "applied"] == ["ended"]
         assert watcher.numbers() == list(range(48))
         nearly_equal(watcher.pixels(), alone(model, seed, 48))
@@ -224,6 +224,19 @@ def test_a_saved_state_has_no_frame_that_was_not_given_out(fleets: Fleets, model
     np.testing.assert_array_equal(
         again.pixels()[: end - state["shown_frames"]], alone(model, 5, end)[state["shown_frames"] :]
     )
+
+
+def test_a_viewer_that_raises_ends_its_own_stream_alone(fleets: Fleets) -> None:
+    fleet, _ = fleets(1)
+    other = Watcher(fleet)
+
+    def on_block(block: MadeBlock) -> None:
+        raise ZeroDivisionError
+
+    broken = fleet.open(StreamRequest(prompt=PROMPT, steps=2), on_block=on_block, on_event=lambda event: None)
+    wait_for(lambda: broken.closed)
+    other.until(other.shown + 36)
+    wait_for(lambda: fleet.replicas()[0].streams == 1)
 
 
 def test_no_replica_can_be_started_any_more(fleets: Fleets) -> None:

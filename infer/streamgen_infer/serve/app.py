@@ -30,6 +30,10 @@ def serve(
     ] = None,
     max_streams: Annotated[int, typer.Option(help="Streams at once, over all viewers.", metavar="N")] = 8,
     admission: Annotated[bool, typer.Option(help="Refuse streams that this machine is too slow for.")] = True,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: several replicas, see --replicas.")] = "local",
+    replicas: Annotated[
+        int | None, typer.Option(help="With --engine ray: so many, each with --max-streams; 2 by default.", metavar="N")
+    ] = None,
     max_sessions: Annotated[int, typer.Option(help="Sessions at once of one token.", metavar="N")] = 10,
     model: Model = "sprites",
     device: Device = "cpu",
@@ -55,6 +59,8 @@ def serve(
         origins=tuple(origin or ()),
         max_streams=max_streams,
         admission=admission,
+        engine=engine,
+        replicas=replicas,
         max_sessions=max_sessions,
         model=model,
         device=device,

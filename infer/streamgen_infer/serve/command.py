@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from streamgen.errors import UserError
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED
-from streamgen_infer.serve.options import Options, check
+from streamgen_infer.serve.options import REPLICAS, Options, check
 
 WS_MAX_BYTES = 256 * 1024
 BACKLOG = 128
@@ -69,6 +71,8 @@ def run(options: Options) -> int:
         port = listening.getsockname()[1]
         name = f"[{options.host}]" if ":" in options.host else options.host
         print(f"streamgen: serving {options.model} on http://{name}:{port}", flush=True)
+        if options.engine == "ray":
+            signal.signal(signal.SIGHUP, lambda number, frame: _renew(server))
         return asyncio.run(_serve(uvicorn.Server(config), server, listening))
 
 
@@ -97,15 +101,33 @@ async def _serve(web: Any, server: Any, listening: socket.socket) -> int:
     return INTERRUPTED if signal.SIGINT in seen else 0
 
 
+def _renew(server: Any) -> None:
+    """Fresh replicas, one after the other; viewers notice nothing."""
+    if server.ready is None:
+        threading.Thread(target=server.engine.renew, name="streamgen-renew", daemon=True).start()
+
+
 def _engine(options: Options) -> Any:
-    """The model and its runtime; on a worker thread, while /healthz answers already."""
+    """What makes the frames; on a worker thread, while /healthz answers already."""
+    if options.engine == "ray":
+        from streamgen_infer.serve.ray_engine import ray_engine, share_of_memory
+
+        replicas = options.replicas or REPLICAS
+        make_runtime = functools.partial(build_runtime, options, share_of_memory(replicas))
+        gpus = int(options.device == "cuda")
+        return ray_engine(make_runtime, replicas, cpus=options.threads or 1, gpus=gpus)
+    return build_runtime(options)
+
+
+def build_runtime(options: Options, memory_bytes: int | None = None) -> Any:
+    """The model and its runtime, in this process. memory_bytes: for streams; half of what is free by default."""
     from streamgen.pipeline import StreamPipeline
     from streamgen_infer.runtime import Runtime
 
     pipe = StreamPipeline.from_pretrained(
         options.model, device=options.device, dtype=options.dtype, threads=options.threads
     )
-    return Runtime(pipe, max_streams=options.max_streams, admission=options.admission)
+    return Runtime(pipe, max_streams=options.max_streams, admission=options.admission, memory_bytes=memory_bytes)
 
 
 def _listen(host: str, port: int) -> socket.socket:

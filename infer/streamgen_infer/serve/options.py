@@ -22,6 +22,8 @@ class Options:
     origins: tuple[str, ...] = ()
     max_streams: int = 8
     admission: bool = True
+    engine: str = "local"
+    replicas: int | None = None
     max_sessions: int = 10
     model: str = "sprites"
     device: str = "cpu"
@@ -35,6 +37,11 @@ class Options:
     log_json: bool = False
 
 
+ENGINES = ("local", "ray")
+REPLICAS = 2
+"""Of `--engine ray`, when nothing is said."""
+
+
 def check(options: Options) -> Tokens:
     """UserError for everything that can be refused without the model."""
     for name, value, low, high in (
@@ -42,6 +49,7 @@ def check(options: Options) -> Tokens:
         ("--max-streams", options.max_streams, 1, 4096),
         ("--max-sessions", options.max_sessions, 1, 4096),
         ("--threads", options.threads, 1, 1024),
+        ("--replicas", options.replicas, 1, 256),
         ("--save-every", options.save_every_s, 0.25, 3600),
         ("--idle", options.idle_s, 1, 1e6),
         ("--max-session", options.session_s, 1, 1e7),
@@ -52,6 +60,7 @@ def check(options: Options) -> Tokens:
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype!r} does not exist; there are: {', '.join(DTYPES)}")
     check_device(options.device)
+    _check_engine(options)
     for origin in options.origins:
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.path:
@@ -61,3 +70,16 @@ def check(options: Options) -> Tokens:
     if options.save_dir is not None and options.save_dir.exists() and not options.save_dir.is_dir():
         raise UserError(f"--save-dir {options.save_dir} is a file; give a folder")
     return tokens
+
+
+def _check_engine(options: Options) -> None:
+    if options.engine not in ENGINES:
+        raise UserError(f"--engine {options.engine!r} does not exist; there are: {', '.join(ENGINES)}")
+    if options.engine == "ray":
+        from streamgen_infer.serve.ray_engine import check_ray
+
+        check_ray()
+        if ":" in options.device:
+            raise UserError(f"--device {options.device}: with --engine ray say cuda; Ray gives each replica a GPU")
+    elif options.replicas is not None:
+        raise UserError(f"--replicas {options.replicas} has no effect with --engine {options.engine}: add --engine ray")
