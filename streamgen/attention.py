@@ -80,6 +80,19 @@ def _flex(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
     return out
 
 
+@cache
+def _triton_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from streamgen.ops import kernel_attention
+
+    return kernel_attention()
+
+
+def _triton(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
+    if mask is not None:
+        raise ValueError("backend='triton' got a mask: it is for cached streaming and text, where all keys are seen")
+    return _triton_kernel()(q_BNTK, k_BNSK, v_BNSK)
+
+
 class Backend(NamedTuple):
     """One way to compute softmax(q k^T / sqrt(K)) v."""
 
@@ -106,6 +119,11 @@ BACKENDS = {
         "FlexAttention (PyTorch 2.5 on): passes over blocks of 128 x 128 tokens that nobody sees, and holds no mask of "
         "T x S; for training on a GPU, with masks of `flex_mask`. No backward on a CPU",
     ),
+    "triton": Backend(
+        _triton,
+        "our kernel (`streamgen_kernels.attention`): reads views of the ring in place; needs a CUDA device and triton, "
+        "takes no mask and has no backward",
+    ),
 }
 
 
@@ -129,6 +147,8 @@ def check_backend(backend: str) -> None:
 
 def check_trainable(backend: str, device: torch.device) -> None:
     """UserError for a backend that has no backward on a device."""
+    if backend == "triton":
+        raise UserError("attention_backend=triton has no backward; train with sdpa, math or flex")
     if backend == "flex" and device.type == "cpu":
         raise UserError("attention_backend=flex has no backward on a CPU; train with sdpa or math there")
 

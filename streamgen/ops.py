@@ -1,18 +1,27 @@
 """The table of fused operations: a name, and the function that runs it.
 
-The transformer calls these names and nothing below them, so that a backend can bring faster ones. Today there is one
-backend, "reference", in plain torch.
+The transformer calls these names and nothing below them, so that a backend can bring faster ones: "reference" is plain
+torch, "triton" the kernels of `streamgen_kernels`, for CUDA devices. This file is the only door to that package.
 Letters: B batch, F frames, S tokens of a frame, T = F S tokens, N heads, D width, K = D / N head width.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamgen.errors import UserError
 from streamgen.rope import apply_rope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from streamgen_kernels.cases import Case
 
 
 def layer_norm_modulate(x_BFSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, eps: float) -> Tensor:
@@ -68,11 +77,57 @@ class Ops:
         return {field.name: getattr(self, field.name).__module__ for field in fields(self)}
 
 
-BACKENDS: dict[str, Callable[[], Ops]] = {"reference": Ops}
+def kernels_problem() -> str:
+    """Why the Triton kernels cannot run in this process, "" if they can. Does not import triton."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'streamgen[cuda]'; Linux only)"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no CUDA device"
+    return ""
+
+
+def _check_kernels(what: str, instead: str) -> None:
+    if problem := kernels_problem():
+        raise UserError(f"{what} cannot run here: {problem}; use {instead}")
+
+
+def _triton() -> Ops:
+    _check_kernels("the ops backend 'triton'", "'reference'")
+    from streamgen_kernels.gate_residual import gate_residual
+    from streamgen_kernels.gelu import gelu_tanh
+    from streamgen_kernels.norm_modulate import norm_modulate
+    from streamgen_kernels.norm_rope import norm_rope
+
+    return Ops(
+        layer_norm_modulate=norm_modulate,
+        gate_residual=gate_residual,
+        rms_norm=norm_rope,
+        rms_norm_rope=norm_rope,
+        gelu_tanh=gelu_tanh,
+    )
+
+
+def kernel_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The kernel of the attention backend 'triton': (q, k, v) -> softmax(q k^T / sqrt(K)) v, forward only."""
+    _check_kernels("the attention backend 'triton'", "'auto' or 'sdpa'")
+    from streamgen_kernels.attention import attend
+
+    return attend
+
+
+def kernel_cases(device: torch.device, dtype: torch.dtype, *, large: bool = False) -> "Iterator[Case]":
+    """Every kernel with its reference on an example (`streamgen_kernels.cases`), small or of one layer of Wan 1.3B."""
+    _check_kernels("the Triton kernels", "another device")
+    from streamgen_kernels.cases import SMALL, WAN_1_3B, cases
+
+    return cases(device, dtype, WAN_1_3B if large else SMALL)
+
+
+BACKENDS: dict[str, Callable[[], Ops]] = {"reference": Ops, "triton": _triton}
 
 
 def select(backend: str = "reference") -> Ops:
-    """The table of a backend."""
+    """The table of a backend. ValueError for an unknown name, UserError for one that cannot run here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: no such ops backend; choose from {', '.join(BACKENDS)}")
     return BACKENDS[backend]()

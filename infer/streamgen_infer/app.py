@@ -22,7 +22,7 @@ from streamgen_infer.models.app import app as models
 from streamgen_infer.models.recording_app import app as recording
 from streamgen_infer.plan.app import app as plan
 from streamgen_infer.serve.app import app as serving
-from streamgen_infer.stream_options import CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
+from streamgen_infer.stream_options import CACHE_DTYPES, CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
 
 HandOver = Callable[[list[str]], int]
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -97,6 +97,17 @@ def stream(
         list[str] | None,
         typer.Option(help="A new prompt from this time of the video on; repeatable.", metavar="SECONDS=PROMPT"),
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="An image that the video begins with.", metavar="FILE")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA merged into the model; repeatable.", metavar="FILE[=STRENGTH]")
+    ] = None,
+    lora_at: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another LoRA, or none, from this time of the video on; repeatable.",
+            metavar="SECONDS=FILE[=STRENGTH]|none",
+        ),
+    ] = None,
     seconds: Annotated[str, typer.Option(help="Length of the video; inf runs until Ctrl-C.", metavar="N|inf")] = "8",
     seed: Annotated[int | None, typer.Option(help="Same seed, same video; 0 by default.", metavar="N")] = None,
     out: Annotated[
@@ -114,6 +125,9 @@ def stream(
     ranks: Annotated[int, typer.Option(help="Processes, with step_chain or layer_ring.", metavar="N")] = 1,
     cache: Annotated[
         str | None, typer.Option(help=" | ".join(CACHES) + "; as the model was trained by default")
+    ] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help=" | ".join(CACHE_DTYPES) + ": half the cache's memory, slower")
     ] = None,
     transition: Annotated[str, typer.Option(help="To a new prompt: " + " | ".join(TRANSITIONS))] = "recache",
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
@@ -139,6 +153,9 @@ def stream(
     options = Options(
         prompt=prompt,
         switch=tuple(switch or ()),
+        image=image,
+        lora=tuple(lora or ()),
+        lora_at=tuple(lora_at or ()),
         seconds=seconds,
         seed=seed,
         out=out,
@@ -148,6 +165,7 @@ def stream(
         force=force,
         ranks=ranks,
         cache=cache,
+        cache_dtype=cache_dtype,
         transition=transition,
         fps=fps,
         device=device,
@@ -171,13 +189,18 @@ def doctor(
         str | None,
         typer.Option(help="Only: what this model needs and whether it fits; nothing is loaded.", metavar="DIR|NAME"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Of --model: cpu, cuda:N; all by default.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of --model (all by default) or --kernels (a GPU by default): cpu, cuda:N.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of --model: " + " | ".join(DTYPES))] = "auto",
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Only: check every Triton kernel against its reference on this device.")
+    ] = False,
 ) -> int:
     """Say what this machine has, what works, and what to do about what does not; or what a model needs."""
     from streamgen_infer import doctor as command
 
-    return command.run(as_json, model, device, dtype)
+    return command.run(as_json, model, device, dtype, kernels=kernels)
 
 
 @app.command(context_settings=PASSED_ON)

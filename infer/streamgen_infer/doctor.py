@@ -1,5 +1,5 @@
 """`streamgen doctor`: what this machine has, what works, and what to do about what does not; with --model, what a model
-needs, and where it fits.
+needs, and where it fits; with --kernels, whether the Triton kernels are right here.
 
 One line for each thing: ok, warn (something is slower or missing that the base does not need) or fail (nothing can be
 streamed). The exit code is 0 unless a line fails.
@@ -53,9 +53,13 @@ class Check:
     advice: str = ""
 
 
-def run(as_json: bool, model: str | None = None, device: str | None = None, dtype: str = "auto") -> int:
+def run(
+    as_json: bool, model: str | None = None, device: str | None = None, dtype: str = "auto", *, kernels: bool = False
+) -> int:
     """The command; returns the exit code."""
-    if model is None:
+    if kernels:
+        checks = list(kernels_on(device))
+    elif model is None:
         checks = [check for examine in EXAMINATIONS for check in examine()]
     else:
         checks = list(fit_of(model, device, dtype))
@@ -282,6 +286,29 @@ def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
         else:
             advice = "encode prompts elsewhere: what was encoded once is kept on disk"
             yield Check(place.name, "warn", f"{where}; the text encoder does not fit beside them", advice)
+
+
+# The kernels.
+
+
+def kernels_on(device: str | None) -> Iterator[Check]:
+    """Every kernel and attention backend against its reference on a device, and which of them run."""
+    from streamgen.attention import BACKENDS
+    from streamgen.ops import select
+    from streamgen_infer.kernels_check import Row, check_kernels, usable_device
+
+    place = usable_device(device)
+    how = "compiled" if place.type == "cuda" else "by Triton's interpreter, which says nothing about speed"
+    yield Check("triton", "ok", f"{_version('triton')} on {place}, {how}")
+    rows: dict[str, list[Row]] = {}
+    for row in check_kernels(place):
+        rows.setdefault(row.name, []).append(row)
+    for name, tried in rows.items():
+        right = all(row.ok for row in tried)
+        advice = "" if right else "do not choose it on this device, and report it"
+        yield Check(name, "ok" if right else "fail", "; ".join(f"{row.dtype} {row.found}" for row in tried), advice)
+    modules = sorted(set(select().active().values()))
+    yield Check("runs", "ok", f"operations: {', '.join(modules)}; attention: auto, {BACKENDS['auto'].limits}")
 
 
 EXAMINATIONS: tuple[Callable[[], Iterator[Check]], ...] = (system, packages, video, number_formats, model, extras)

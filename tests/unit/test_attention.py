@@ -154,7 +154,7 @@ def test_backends_agree(dtype, masked):
     mask = block_causal_mask([3, 3], 2) if masked else None
     scores = q @ k.mT / 16**0.5
     wanted = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
-    for name in BACKENDS:
+    for name in set(BACKENDS) - {"triton"}:  # needs a GPU and takes no mask: tests/kernels
         got = attend(q.to(dtype), k.to(dtype), v.to(dtype), masks.get(name, mask), name)
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), wanted, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)

@@ -189,7 +189,7 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    """Exactly, in constraints.txt; triton alone is left to the build of torch that needs it."""
+    """Exactly, in constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = list(project["project"]["dependencies"]) + list(project["build-system"]["requires"])
     for extra in project["project"]["optional-dependencies"].values():
@@ -197,7 +197,7 @@ def test_every_dependency_is_pinned() -> None:
     names = {re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower() for requirement in wanted}
     pins = re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert len(pins) == len(set(pins))
-    assert names - set(pins) == {"triton"}
+    assert names - set(pins) == set()
 
 
 @pytest.mark.slow
