@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamgen.errors import UserError
+from streamgen.linear import attend_by_heads, attends_by_heads
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -51,12 +52,15 @@ def _auto(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) -
     """By a rule and not by a measurement: the same stream must come out the same in the next process.
 
     On a CPU torch's fused kernel does the bf16 products in fp32: 2.5 ms where two products take 0.9
-    (1 x 5 heads, 192 queries, 768 keys, 64 wide, one thread of a Zen 5; fp32: 2.3 against 2.5).
+    (1 x 5 heads, 192 queries, 768 keys, 64 wide, one thread of a Zen 5). In fp32 it multiplies with MKL
+    (`streamgen.linear`).
     """
     small = q_BNTK.shape[0] * q_BNTK.shape[1] * q_BNTK.shape[2] * k_BNSK.shape[2] <= SMALL_SCORES
     plain = mask is None and not torch.is_grad_enabled()
     if plain and small and q_BNTK.dtype == torch.bfloat16 and q_BNTK.device.type == "cpu":
         return _products(q_BNTK, k_BNSK, v_BNSK)
+    if plain and attends_by_heads(q_BNTK, k_BNSK):
+        return attend_by_heads(q_BNTK, k_BNSK, v_BNSK)
     return _sdpa(q_BNTK, k_BNSK, v_BNSK, mask)
 
 
@@ -104,7 +108,8 @@ class Backend(NamedTuple):
 BACKENDS = {
     "auto": Backend(
         _auto,
-        "torch's fused kernel, but in bf16 on a CPU two plain products where the scores are few: 3x faster there",
+        "torch's fused kernel, but plain products on a CPU: in bf16 where the scores are few (3x faster), in fp32 head by "
+        "head through oneDNN where MKL is slow (1.6x)",
     ),
     "sdpa": Backend(
         _sdpa,

@@ -63,5 +63,4 @@ def generate(
 
 def encode_prompts(pipe: StreamPipeline, prompts: Sequence[str]) -> TextContext:
     """Text context of a batch of prompts, one per row."""
-    rows = pipe.text.encode(list(prompts)).to(pipe.device, pipe.dtype)
-    return pipe.transformer.encode_text(rows[:, None])
+    return pipe.encode_text(pipe.text.encode(list(prompts)))

@@ -5,12 +5,15 @@ One dataclass, the content of a model folder's scheduler/scheduler_config.json.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from streamgen.attention import VISIBILITIES
 from streamgen.cache import POLICIES
 from streamgen.flow import Prediction
-from streamgen.rollout import SAMPLERS
+from streamgen.rollout import MULTISTEP, SAMPLERS
+
+IMAGE_PLACES = ("block", "frame")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,14 @@ class SchedulerConfig:
     lag_blocks: int = 0
     """With `lagged`: blocks by which the finished past is behind."""
     sampler: str = "renoise"
+    """A name of `streamgen.rollout.SAMPLERS` or MULTISTEP."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is off, else every pass costs twice."""
+    negative_prompt: str = ""
+    """With guidance: what the video is led away from."""
+    image: str = "block"
+    """Where the latent of a given image stands: as a block of its own before the others ("block"), or as the first
+    latent frame inside block 0 ("frame")."""
     context_noise: float = 0.0
     protect_sink: bool = True
     timesteps: tuple[tuple[float, ...], ...] = ()
@@ -58,7 +69,20 @@ class SchedulerConfig:
             raise ValueError(f"positions={self.positions!r}: must be one of {', '.join(POLICIES)}")
         if self.first_steps is not None and self.first_steps < 1:
             raise ValueError(f"first_steps={self.first_steps}: must be at least 1")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler={self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        known = (*SAMPLERS, *MULTISTEP)
+        if self.sampler not in known:
+            raise ValueError(f"sampler={self.sampler!r}: must be one of {', '.join(known)}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"guidance={self.guidance}: must be finite and at least 0 (1 is off)")
+        if self.image not in IMAGE_PLACES:
+            raise ValueError(f"image={self.image!r}: must be one of {', '.join(IMAGE_PLACES)}")
+        for name in self.visibility:
+            self.check_visibility(name)
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise={self.context_noise}: must be in [0, 1)")
+
+    def check_visibility(self, visibility: str) -> None:
+        """ValueError where the sampler needs each block finished before the next one begins."""
+        if visibility != "clean" and (self.sampler in MULTISTEP or self.guidance != 1):
+            what = f"sampler {self.sampler}" if self.sampler in MULTISTEP else f"guidance {self.guidance:g}"
+            raise ValueError(f"visibility {visibility}: {what} runs block after block only (visibility clean)")

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from streamgen.cache import CacheSpec, KVCache
+from streamgen.adapters import Adapters
+from streamgen.cache import CacheSpec, KVCache, QuantisedKVCache
+from streamgen.cache import policy as cache_policy
 from streamgen.card import SchedulerConfig
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
@@ -25,12 +28,13 @@ from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
+from streamgen.images import image_geometry, image_latents
 from streamgen.resources import model_path
 from streamgen.rollout import Sampling, StreamState
 from streamgen.stream import STATE_MARK, Block, Stream
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.timeline import PromptTimeline
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
 from streamgen.weights import (
     Unfilled,
@@ -80,6 +84,8 @@ class StreamPipeline:
     ) -> None:
         self.transformer, self.codec, self.text = transformer.eval(), codec.eval(), text.eval()
         self.geometry, self.scheduler, self.folder = geometry, scheduler, folder
+        self.loras: dict[str, float] = {}
+        """Adapters of streams that choose none of their own: name -> strength."""
         self.dtype = transformer.patch_embedding.weight.dtype
         self.device = transformer.patch_embedding.weight.device
         self._check()
@@ -140,6 +146,26 @@ class StreamPipeline:
             raise UserError("this pipeline was built in memory; save_pretrained() and load it to save streams")
         return fingerprint(self.folder)
 
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The LoRA files that this pipeline knows, and those that are merged now."""
+        return Adapters(self.transformer)
+
+    def load_lora(self, path: str | Path, strength: float = 1.0, name: str | None = None) -> str:
+        """Load a LoRA file -> its name (by default the file's), merged with this strength beside those that are.
+
+        Streams take it over at their next block; strength 0 loads it for `Stream.use_loras` to switch to.
+        UserError where it is no LoRA or belongs to another model.
+        """
+        name = self.adapters.load(Path(path), name)
+        self.use_loras({**self.loras, name: strength})
+        return name
+
+    def use_loras(self, strengths: Mapping[str, float]) -> None:
+        """Merge these loaded adapters (name -> strength), no others; {} gives the loaded weights back, to the bit."""
+        self.adapters.use(strengths)
+        self.loras = dict(self.adapters.active)
+
     def stream(
         self,
         prompt: str,
@@ -150,24 +176,35 @@ class StreamPipeline:
         max_blocks: int | None = None,
         first_steps: int | None = None,
         visibility: str = "clean",
+        cache_dtype: str | None = None,
+        image: Any = None,
     ) -> Stream:
         """An endless stream, or one of `max_blocks` blocks. `first_steps`: those of block 0, on which all build.
 
         visibility: what a block sees of earlier ones while it is made: clean, same_level or joint
         (`streamgen.pipelined`); a warning where the model was not trained for it.
 
+        cache_dtype: int8 or fp8 halve the cache's memory and cost a little of the picture and of the time
+        (`streamgen.cache.quantised`).
+
+        image: what the video begins with: a file, a PIL image or an array uint8 [h, w, 3] (`streamgen.images`).
+
         What is not given is as the model's card says: steps, first_steps, and cache (`SchedulerConfig.positions`).
         """
         if not 0 <= seed < 2**64:
             raise UserError(f"seed is {seed}; it must be 0 to 2**64 - 1")
         with user_errors("stream"):
-            kv_cache = self.new_cache(self.scheduler.positions if cache is None else cache)
+            kv_cache = self.new_cache(self.scheduler.positions if cache is None else cache, stored_as=cache_dtype)
         state = StreamState(
-            geometry=self.geometry,
+            geometry=self.geometry if image is None else image_geometry(self.geometry, self.scheduler.image),
             cache=kv_cache,
             seeds=(seed,),
             timeline=PromptTimeline(prompt),
         )
+        if image is not None:
+            if visibility != "clean":
+                raise UserError(f"visibility {visibility}: a stream from an image is made block after block (clean)")
+            state.given = image_latents(self.codec, self.geometry, image, self.device)
         steps = self.scheduler.trained_steps[0] if steps is None else steps
         first_steps = self.scheduler.first_steps if first_steps is None else first_steps
         with user_errors("stream"):
@@ -178,6 +215,8 @@ class StreamPipeline:
     def _stream_class(self, visibility: str) -> type[Stream]:
         from streamgen.pipelined import BY_VISIBILITY  # it knows this module
 
+        with user_errors("stream"):
+            self.scheduler.check_visibility(visibility)
         if visibility not in BY_VISIBILITY:
             raise UserError(
                 f"visibility {visibility!r} is not run on one device; there are: {', '.join(BY_VISIBILITY)}"
@@ -203,10 +242,23 @@ class StreamPipeline:
             sampler=s.sampler,
             context_noise=s.context_noise,
             protect_sink=s.protect_sink,
+            guidance=s.guidance,
         )
 
-    def new_cache(self, policy: str, batch: int = 1) -> KVCache:
-        """An empty cache of the model's window for `batch` streams that advance together."""
+    def encode_text(self, rows_BLD: Tensor) -> TextContext:
+        """Rows of the text encoder, one prompt for each stream -> what passes need; with guidance, below them as many
+        of the negative prompt.
+        """
+        if self.scheduler.guidance != 1:
+            negative_BLD = self.text.encode([self.scheduler.negative_prompt]).to(rows_BLD).expand_as(rows_BLD)
+            rows_BLD = torch.cat([rows_BLD, negative_BLD])
+        return self.transformer.encode_text(rows_BLD[:, None].to(self.device, self.dtype))
+
+    def new_cache(self, policy: str, batch: int = 1, stored_as: str | None = None) -> KVCache:
+        """An empty cache of the model's window for `batch` streams that advance together; two rows each with guidance.
+
+        stored_as: a name of `streamgen.cache.STORAGES`; the model's own dtype by default.
+        """
         config = self.transformer.config
         spec = CacheSpec(
             num_layers=config.num_layers,
@@ -220,6 +272,11 @@ class StreamPipeline:
             policy=policy,
         )
         spec.check_block(self.geometry.block_frames)
+        batch *= 1 if self.scheduler.guidance == 1 else 2
+        if stored_as is not None:
+            if cache_policy(policy).committed is not None:
+                raise ValueError(f"cache dtype {stored_as}: the averages of {policy} need the model's own dtype")
+            return QuantisedKVCache(spec, storage=stored_as, batch=batch, dtype=self.dtype, device=self.device)
         return KVCache(spec, batch=batch, dtype=self.dtype, device=self.device)
 
     def _check(self) -> None:

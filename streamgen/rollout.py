@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from streamgen.cache import BlockCache, KVCache, RowsCache
 from streamgen.codec import CodecState
-from streamgen.flow import Prediction, add_noise, euler_step, renoise, timestep_of, to_flow, to_x0
+from streamgen.flow import Prediction, add_noise, euler_step, guided, renoise, timestep_of, to_flow, to_x0
 from streamgen.geometry import VideoGeometry
 from streamgen.noise import cell_noise
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.unipc import Visited, unipc_step
 
 
 class Cancelled(Exception):
@@ -39,7 +40,10 @@ class Sampling:
     """Noise level of each step, descending (`flow.step_sigmas`)."""
     prediction: Prediction = "flow"
     sampler: str = "renoise"
-    """How one step leads to the next: a name of SAMPLERS."""
+    """How one step leads to the next: a name of SAMPLERS or MULTISTEP."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is off. Else every pass has two rows for each row of the stream, those with
+    the prompt, then those with the negative one, and so have text and cache."""
     context_noise: float = 0.0
     """Noise level of the latents whose keys and values are kept; 0 is clean."""
     protect_sink: bool = True
@@ -64,6 +68,9 @@ class StreamState:
     """Latent frame -> [B, C, H, W] as committed, for the frames that the cache holds: what a recache re-encodes."""
     noise_source: Callable[[int, int], Tensor] | None = None
     """(block, step) -> noise [B, F, C, H, W] from elsewhere (a recording), in place of the seeds'."""
+    given: Tensor | None = None
+    """Clean latents [B, f, C, H, W] that block 0 begins with (an image); a block that they fill is committed as it is.
+    """
 
     def noise(self, step: int, block: int | None = None) -> Tensor:
         """The noise of a cell (float32, [B, F, C, H, W]); of the next block by default."""
@@ -84,6 +91,8 @@ def _euler(x_t: Tensor, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor
 
 
 SAMPLERS = {"renoise": _renoise, "euler": _euler}
+MULTISTEP = {"unipc": unipc_step}
+"""Samplers that look back at the block's earlier steps; they run block after block only."""
 
 
 class Pass(NamedTuple):
@@ -93,6 +102,8 @@ class Pass(NamedTuple):
     sigma: float
     text: TextContext
     cache: BlockCache
+    clean_frames: int = 0
+    """So many of the first latent frames are clean, whatever sigma says."""
 
 
 PassKind = Literal["recache", "step", "commit"]
@@ -123,12 +134,17 @@ class BlockRun:
         """Clean latents [B, F, C, H, W], once the last step is done."""
         self._handle: BlockCache | None = None
         self._x_t: Tensor | None = None
+        self._past: tuple[Visited, ...] = ()
+        """With a sampler of MULTISTEP: the last two steps."""
         state.begun = True
         if transition == "scene":
             state.cache.reset()
             state.recent = {}
         elif transition == "recache" and frames_to_recache(state, sampling):
             self.kind = "recache"
+        given = _given(state)
+        if given is not None and given.shape[1] == state.geometry.block_size(state.position):
+            self.latents, self.kind = given, "commit"
 
     def use(self, sampling: Sampling) -> None:
         """Other steps, before the first one is made."""
@@ -145,17 +161,20 @@ class BlockRun:
         if self.kind == "recache":
             window = torch.stack([state.recent[frame] for frame in frames_to_recache(state, sampling)], dim=1)
             self._handle = state.cache.begin_recache(protect_sink=sampling.protect_sink)
-            return Pass(window, sampling.context_noise, self.text, self._handle)
+            return Pass(self._rows(window), sampling.context_noise, self.text, self._handle)
         if self._handle is None:
             frames = state.geometry.block_size(state.position)
             self._handle = state.cache.begin(state.geometry.block_start(state.position), frames)
+        given = _given(state)
+        clean = 0 if given is None else given.shape[1]
         if self.kind == "step":
             if self._x_t is None:
-                self._x_t = state.noise(0)
-            return Pass(self._x_t, sampling.sigmas[self.step], self.text, self._handle)
+                self._x_t = _with_given(state, state.noise(0))
+            return Pass(self._rows(self._x_t), sampling.sigmas[self.step], self.text, self._handle, clean)
         if self.latents is None:
             raise ValueError("the block is done: nothing waits")
-        return Pass(_context(state, self.latents, sampling), sampling.context_noise, self.text, self._handle)
+        context = self._rows(_context(state, self.latents, sampling))
+        return Pass(context, sampling.context_noise, self.text, self._handle, clean)
 
     def take(self, asked: Pass, out: Tensor) -> None:
         """The model's output for the pass that `waiting` gave."""
@@ -164,18 +183,39 @@ class BlockRun:
             state.cache.commit(asked.cache)
             self.kind, self._handle = "step", None
         elif self.kind == "commit":
-            _keep(state, asked.cache, asked.latents_BFCHW)
+            _keep(state, asked.cache, self._prompted(asked.latents_BFCHW))
             self.kind = None
-        elif self.step == self.last:
-            x0 = to_x0(out, asked.latents_BFCHW, asked.sigma, sampling.prediction)
+        else:
+            x_t = self._prompted(asked.latents_BFCHW)
+            if sampling.guidance != 1:
+                with_prompt, without = out.chunk(2)
+                out = guided(without, with_prompt, sampling.guidance)
+            x0 = _with_given(state, to_x0(out, x_t, asked.sigma, sampling.prediction))
+            if self.step < self.last:
+                self._advance(x_t, x0, asked.sigma)
+                return
             if not bool(torch.isfinite(x0).all()):
                 raise FloatingPointError(f"block {state.position}: the denoised latents are not finite")
             self.latents, self.kind = x0, "commit"
+
+    def _advance(self, x_t: Tensor, x0: Tensor, sigma: float) -> None:
+        """To the next step."""
+        sampler, sigma_next = self.sampling.sampler, self.sampling.sigmas[self.step + 1]
+        if sampler in MULTISTEP:
+            x_next, visited = MULTISTEP[sampler](x_t, x0, sigma, sigma_next, self._past)
+            self._past = (*self._past[-1:], visited)
         else:
-            x0 = to_x0(out, asked.latents_BFCHW, asked.sigma, sampling.prediction)
-            there, eps = sampling.sigmas[self.step + 1], state.noise(self.step + 1)
-            self._x_t = SAMPLERS[sampling.sampler](asked.latents_BFCHW, x0, asked.sigma, there, eps)
-            self.step += 1
+            x_next = SAMPLERS[sampler](x_t, x0, sigma, sigma_next, self.state.noise(self.step + 1))
+        self._x_t = _with_given(self.state, x_next)
+        self.step += 1
+
+    def _rows(self, latents_BFCHW: Tensor) -> Tensor:
+        """Of a pass: with guidance every row comes twice."""
+        return latents_BFCHW if self.sampling.guidance == 1 else torch.cat([latents_BFCHW, latents_BFCHW])
+
+    def _prompted(self, rows: Tensor) -> Tensor:
+        """The rows of a pass that stand for the stream's."""
+        return rows if self.sampling.guidance == 1 else rows.chunk(2)[0]
 
 
 def run_passes(model: CausalWanModel, passes: Sequence[Pass]) -> list[Tensor]:
@@ -186,9 +226,10 @@ def run_passes(model: CausalWanModel, passes: Sequence[Pass]) -> list[Tensor]:
         asked = passes[0]
         return [model(asked.latents_BFCHW, _timestep(asked), asked.text, cache=asked.cache)]
     latents_BFCHW = torch.cat([asked.latents_BFCHW for asked in passes])
-    timestep_B1 = torch.cat([_timestep(asked) for asked in passes])
+    frames = latents_BFCHW.shape[1] if any(asked.clean_frames for asked in passes) else 1
+    timestep_BF = torch.cat([_timestep(asked).expand(-1, frames) for asked in passes])
     cache = RowsCache([asked.cache for asked in passes])
-    out = model(latents_BFCHW, timestep_B1, stack_texts([asked.text for asked in passes]), cache=cache)
+    out = model(latents_BFCHW, timestep_BF, stack_texts([asked.text for asked in passes]), cache=cache)
     return list(out.split([len(asked.latents_BFCHW) for asked in passes]))
 
 
@@ -277,10 +318,13 @@ def frames_to_recache(state: StreamState, sampling: Sampling) -> list[int]:
 
 
 def _context(state: StreamState, latents: Tensor, sampling: Sampling) -> Tensor:
-    """What the commit pass looks at: the block's latents, with a little noise where the model wants it."""
+    """What the commit pass looks at: the block's latents, with a little noise where the model wants it, given ones
+    without.
+    """
     context = latents.detach()
     if sampling.context_noise:
-        context = add_noise(context, state.noise(len(sampling.sigmas)), sampling.context_noise)
+        noised = add_noise(context, state.noise(len(sampling.sigmas)), sampling.context_noise)
+        context = _with_given(state, noised)
     return context
 
 
@@ -294,9 +338,24 @@ def _keep(state: StreamState, block: BlockCache, context: Tensor) -> None:
     state.begun = False
 
 
+def _given(state: StreamState) -> Tensor | None:
+    """The latents that the next block begins with."""
+    return state.given if state.position == 0 else None
+
+
+def _with_given(state: StreamState, latents_BFCHW: Tensor) -> Tensor:
+    """The next block's latents, those that are given in their places."""
+    given = _given(state)
+    return latents_BFCHW if given is None else torch.cat([given, latents_BFCHW[:, given.shape[1] :]], dim=1)
+
+
 def _timestep(asked: Pass) -> Tensor:
-    """[B, 1]: one noise level for all frames."""
-    return torch.full((len(asked.latents_BFCHW), 1), timestep_of(asked.sigma), device=asked.latents_BFCHW.device)
+    """[B, 1], one noise level for all frames, or [B, F] where some are clean."""
+    latents_BFCHW = asked.latents_BFCHW
+    frames = latents_BFCHW.shape[1] if asked.clean_frames else 1
+    timestep_BF = torch.full((len(latents_BFCHW), frames), timestep_of(asked.sigma), device=latents_BFCHW.device)
+    timestep_BF[:, : asked.clean_frames] = 0
+    return timestep_BF
 
 
 def _run_checkpointed(model: CausalWanModel, asked: Pass) -> Tensor:

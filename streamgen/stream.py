@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamgen.adapters import AdapterPlan
 from streamgen.codec import CodecState
 from streamgen.errors import UserError
+from streamgen.geometry import VideoGeometry
 from streamgen.pixels import to_uint8
 from streamgen.rollout import BlockRun, Cancelled, Sampling, StreamState, rollout_block
 from streamgen.timeline import Cue, PromptTimeline
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from streamgen.pipeline import StreamPipeline
 
 MAX_STEPS = 1000
+MAX_WARNINGS = 64
+MAX_BLOCK = 2**32 - 1
+"""Noise has numbers for so many."""
 STATE_FORMAT = 1
 STATE_MARK = "streamgen-stream"
 
@@ -78,8 +83,8 @@ class Snapshot:
         return replace(self, codec=codec)
 
     def nbytes(self) -> int:
-        held = [self.cache["k"], self.cache["v"], *self.recent.values(), *(self.codec or {}).values()]
-        return sum(tensor.nbytes for tensor in held)
+        held = [*self.cache.values(), *self.recent.values(), *(self.codec or {}).values()]
+        return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
 class Stream(Iterator[Block]):
@@ -102,7 +107,8 @@ class Stream(Iterator[Block]):
         self.pipe, self.state = pipe, state
         self.steps, self.first_steps, self.max_blocks = steps, first_steps, max_blocks
         self.warnings: list[str] = []
-        self._texts = _Texts(pipe)
+        """What is odd about what was asked for, each once; the newest."""
+        self._texts, self._adapters = _Texts(pipe), AdapterPlan(pipe)
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         if max_blocks is not None and max_blocks < 1:
@@ -129,25 +135,39 @@ class Stream(Iterator[Block]):
                 f"load it with dtype {saved['dtype']}"
             )
         with user_errors("the saved state"):
-            cache = pipe.new_cache(saved["cache"]["spec"]["policy"])
+            spec = saved["cache"]["spec"]
+            cache = pipe.new_cache(spec["policy"], stored_as=spec.get("storage"))
             cache.load_state_dict(saved["cache"])
         recent = saved.get("recent")
+        timeline = PromptTimeline.from_state(saved["timeline"])
+        for entry in timeline.prompts:
+            pipe.text.tokenize(entry.prompt)  # said now, not at its block
+        first_block = saved["geometry"].get("first_block_frames")
+        with user_errors("the saved state"):
+            geometry = replace(pipe.geometry, first_block_frames=first_block)
+        _check_place(saved, geometry)
         state = StreamState(
-            geometry=pipe.geometry,
+            geometry=geometry,
             cache=cache,
             seeds=tuple(saved["seeds"]),
-            timeline=PromptTimeline.from_state(saved["timeline"]),
+            timeline=timeline,
             codec={name: t.to(pipe.device) for name, t in saved["codec"].items()} if "codec" in saved else None,
             position=saved["position"],
             begun=saved["begun"],
             recent={} if recent is None else dict(zip(cache.frames, recent.to(pipe.device).unbind(1), strict=True)),
         )
         stream = cls(pipe, state, saved["steps"], saved["first_steps"], max_blocks)
+        stream._adapters.load_state_dict(saved.get("adapters", {}))
         stream._load_flights(saved)
         return stream
 
     def _load_flights(self, saved: Mapping[str, Any]) -> None:
         """What a saved state has beyond a serial stream's."""
+
+    @property
+    def geometry(self) -> VideoGeometry:
+        """The pipeline's, but that block 0 may be an image alone."""
+        return self.state.geometry
 
     @property
     def timeline(self) -> PromptTimeline:
@@ -158,8 +178,9 @@ class Stream(Iterator[Block]):
         state = self.state
         if self._cancelled.is_set() or (self.max_blocks is not None and state.position >= self.max_blocks):
             raise StopIteration
-        cue = self._fix_cue()
+        cue = self.fix_cue()
         clock = Clock(self.pipe.device)
+        transition = self._adapters.enter(state.position) or cue.transition
         text = self._texts.context(self.timeline, cue)
         text_ms = clock.lap()
         laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
@@ -176,7 +197,7 @@ class Stream(Iterator[Block]):
                 state,
                 text,
                 self._sampling(None),
-                transition=cue.transition,
+                transition=transition,
                 cancelled=self._cancelled.is_set,
                 mark=lambda stage: laps[stage].append(clock.lap()),
                 emit=decode,
@@ -200,9 +221,17 @@ class Stream(Iterator[Block]):
             timing=timing,
         )
 
-    def begin(self, steps: int | None = None) -> tuple[Cue, BlockRun]:
-        """The next block, to be run pass by pass; from here on its prompt is fixed. steps: other than the stream's."""
-        cue = self._fix_cue()
+    def begin(self, steps: int | None = None, cue: Cue | None = None) -> tuple[Cue, BlockRun]:
+        """The next block, to be run pass by pass; from here on its prompt is fixed. steps: other than the stream's.
+
+        cue: what `fix_cue` gave, if it was asked for already.
+        """
+        if self.state.given is not None:
+            raise UserError("a stream from an image shares no launches; iterate over it")
+        if self._adapters:
+            raise UserError("a stream with adapters of its own shares no launches; give them to the pipeline instead")
+        cue = self.fix_cue() if cue is None else cue
+        self._adapters.enter(self.state.position)
         text = self._texts.context(self.timeline, cue)
         return cue, BlockRun(self.state, text, self._sampling(steps), transition=cue.transition)
 
@@ -215,16 +244,22 @@ class Stream(Iterator[Block]):
         video, codec_state = self.pipe.codec.decode_stream(latents, self.state.codec)
         return to_uint8(video)[0].cpu().numpy(), codec_state
 
-    def change(self, text: str, transition: str, block: int, *, blend_blocks: int = 4) -> int:
-        """Let a prompt hold from `block` on, also a block that was made and will be made again -> its version.
+    def change(
+        self, text: str, transition: str, block: int, *, begun: int, blend_blocks: int = 4
+    ) -> tuple[int, tuple[str, ...]]:
+        """Let a prompt hold from `block` on, also a block that was made and will be made again -> its version, and
+        what is odd about it.
 
-        Prompts of blocks from there on that have begun are given up, those for later blocks stay.
+        Other prompts of that block and of later ones before `begun` are given up, those for blocks after that stay.
         """
-        self.check_prompt(text)
+        odd = tuple(self.pipe.text.tokenize(text).warnings)
         with self._lock:
-            begun = self.state.position + int(self.state.begun)
-            self.timeline.cut(block, begun)
-            return self.timeline.add(text, block, transition, blend_blocks=blend_blocks, insert=True)
+            version = self.timeline.add(
+                text, block, transition, blend_blocks=blend_blocks, insert=True, replace_until=max(begun, block + 1)
+            )
+        for warning in odd:
+            self._note(warning)
+        return version, odd
 
     def snapshot(self) -> Snapshot:
         """Where the stream stands, between blocks."""
@@ -267,7 +302,8 @@ class Stream(Iterator[Block]):
         """The first block whose prompt may still change."""
         return self.state.position + int(self.state.begun)
 
-    def _fix_cue(self) -> Cue:
+    def fix_cue(self) -> Cue:
+        """The prompt of the next block, which does not change from here on."""
         with self._lock:
             self.state.begun = True
             return self.timeline.at(self.state.position)
@@ -287,7 +323,7 @@ class Stream(Iterator[Block]):
         blend_blocks: int = 4,
     ) -> PromptReceipt:
         """Change the prompt, by default at the next block that has not begun."""
-        geometry = self.pipe.geometry
+        geometry = self.geometry
         if at_block is not None and at_seconds is not None:
             raise UserError("give at_block or at_seconds, not both")
         self.check_prompt(text)
@@ -303,6 +339,23 @@ class Stream(Iterator[Block]):
         seconds = geometry.block_pixel_start(block) / geometry.fps
         return PromptReceipt(version=version, block=block, seconds=seconds)
 
+    def use_loras(
+        self, strengths: Mapping[str, float], transition: str = "recache", *, at_block: int | None = None
+    ) -> int:
+        """Other adapters from a block on, by default the next that has not begun -> that block.
+
+        strengths: name -> strength of files that `pipe.load_lora` has loaded; {} for none. transition: "recache"
+        re-encodes the window with the new weights, "cut" leaves it, "scene" forgets it.
+        """
+        if self.visibility != "clean":
+            raise UserError(f"visibility {self.visibility}: blocks that are made together have the same weights")
+        with self._lock:
+            block = self._open_block if at_block is None else at_block
+            if block < self._open_block:
+                raise UserError(f"adapters for block {block} come too late: the earliest is {self._open_block}")
+            self._adapters.change(strengths, transition, block)
+        return block
+
     def cancel(self) -> None:
         """End the iteration before its next pass. The state stays at the last whole block, for saving or resuming."""
         self._cancelled.set()
@@ -317,11 +370,13 @@ class Stream(Iterator[Block]):
             at, begun = self.snapshot(), state.begun
         else:
             begun = False
+        if state.given is not None and at.position == 0:
+            raise UserError("the stream stands before its image; it can be saved after its first block")
         saved: dict[str, Any] = {
             "format": STATE_FORMAT,
             "model": self.pipe.fingerprint,
             "dtype": self.pipe.dtype_name,
-            "geometry": asdict(self.pipe.geometry),
+            "geometry": asdict(self.geometry),
             "steps": self.steps,
             "first_steps": self.first_steps,
             "seeds": list(state.seeds),
@@ -330,6 +385,8 @@ class Stream(Iterator[Block]):
             "timeline": self.timeline.state_dict(),
             "cache": at.cache,
         }
+        if adapters := self._adapters.state_dict():
+            saved["adapters"] = adapters
         if at.recent:
             saved["recent"] = torch.stack(list(at.recent.values()), dim=1)
         if at.codec is not None:
@@ -352,8 +409,12 @@ class Stream(Iterator[Block]):
         for warning in self.pipe.text.tokenize(prompt).warnings:
             self._warn(warning)
 
+    def _note(self, message: str) -> None:
+        if message not in self.warnings:  # a new list: other threads may be reading the old one
+            self.warnings = [*self.warnings, message][-MAX_WARNINGS:]
+
     def _warn(self, message: str) -> None:
-        self.warnings.append(message)
+        self._note(message)
         warnings.warn(message, UserWarning, stacklevel=4)
 
 
@@ -365,19 +426,20 @@ class _Texts:
         self._rows: dict[int, Tensor] = {}  # version -> [1, L, D] float32
         self._mix: tuple[tuple[int, float], ...] = ()
         self._context: TextContext | None = None
+        self._version = 0  # of the weights that the context was made with
 
     @torch.no_grad()
     def context(self, timeline: PromptTimeline, cue: Cue) -> TextContext:
-        if self._context is None or cue.mix != self._mix:
+        weights = self._pipe.adapters.version
+        if self._context is None or cue.mix != self._mix or weights != self._version:
             old = self._rows
             self._rows = {
                 version: old[version] if version in old else self._pipe.text.encode([timeline.text_of(version)]).float()
                 for version, _ in cue.mix
             }
             mixed = torch.stack([share * self._rows[version] for version, share in cue.mix]).sum(0)
-            rows = mixed[:, None].to(self._pipe.device, self._pipe.dtype)
-            self._context = self._pipe.transformer.encode_text(rows)
-            self._mix = cue.mix
+            self._context = self._pipe.encode_text(mixed)
+            self._mix, self._version = cue.mix, weights
         return self._context
 
 
@@ -398,6 +460,20 @@ class Clock:
 
     def total(self) -> float:
         return 1000 * (self._last - self._start)
+
+
+def _check_place(saved: Mapping[str, Any], geometry: VideoGeometry) -> None:
+    """UserError unless a saved state stands at a block, and its cache too."""
+    position, seeds, held = saved["position"], saved["seeds"], saved["cache"]
+    if not (isinstance(position, int) and 0 <= position <= MAX_BLOCK):
+        raise UserError(f"the state stands at block {position!r}; it must be 0 to {MAX_BLOCK}")
+    if not (seeds and all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in seeds)):
+        raise UserError(f"the state has the seeds {seeds!r}; they must be 0 to 2**64 - 1")
+    if held["end"] != held["origin"] and held["end"] != geometry.block_start(position):
+        raise UserError(
+            f"the state's cache ends at latent frame {held['end']}, but its block {position} begins at "
+            f"{geometry.block_start(position)}"
+        )
 
 
 def _either(counts: tuple[int, ...]) -> str:

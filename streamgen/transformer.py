@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamgen.attention import attend
 from streamgen.cache.rows import RowsCache
-from streamgen.ops import Ops, select
+from streamgen.linear import Linear, fuses_gelu, linear, linear_gelu
+from streamgen.ops import Ops, gelu_tanh, select
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +135,10 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads, self.eps = config.num_heads, config.eps
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = Norm(config.dim) if config.qk_norm else None
         self.norm_k = Norm(config.dim) if config.qk_norm else None
 
@@ -196,7 +196,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(config)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+            Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
@@ -210,9 +210,15 @@ class Block(nn.Module):
         x_BFSD = ops.gate_residual(x_BFSD, y_BTD.view(shape), gate_sa)
         y_BTD = self.cross_attn(self.norm3(x_BFSD).flatten(1, 2), kv, call)
         x_BFSD = x_BFSD + y_BTD.view(shape)
-        y_BFSD = self.ffn[0](ops.layer_norm_modulate(x_BFSD, shift_ff, scale_ff, eps))
-        y_BFSD = self.ffn[2](ops.gelu_tanh(y_BFSD))
-        return ops.gate_residual(x_BFSD, y_BFSD, gate_ff)
+        y_BFSD = self.widen(ops.layer_norm_modulate(x_BFSD, shift_ff, scale_ff, eps), ops)
+        return ops.gate_residual(x_BFSD, self.ffn[2](y_BFSD), gate_ff)
+
+    def widen(self, y_BFSD: Tensor, ops: Ops) -> Tensor:
+        """The feed-forward's first half, in one operation where oneDNN and no other backend of `ops` does it."""
+        first = self.ffn[0]
+        if ops.gelu_tanh is gelu_tanh and fuses_gelu(y_BFSD, first):
+            return linear_gelu(y_BFSD, cast("Linear", first))
+        return ops.gelu_tanh(first(y_BFSD))
 
 
 class Head(nn.Module):
@@ -221,7 +227,7 @@ class Head(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.out_channels)
+        self.head = Linear(config.dim, math.prod(config.patch) * config.out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x_BFSD: Tensor, e_BFD: Tensor, ops: Ops) -> Tensor:
@@ -239,13 +245,11 @@ class CausalWanModel(nn.Module):
         self.attention_backend = attention_backend
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.pooled_embedding = (
-            nn.Sequential(nn.Linear(config.text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-            if config.pooled_text
-            else None
+            nn.Sequential(Linear(config.text_dim, dim), nn.SiLU(), Linear(dim, dim)) if config.pooled_text else None
         )
         self.place_embedding = (
             nn.Parameter(torch.randn(math.prod(config.place_grid), dim) * 0.02) if config.place_grid else None
@@ -346,7 +350,7 @@ class CausalWanModel(nn.Module):
         _, rows, columns = self.config.patch
         x = latents_BFCHW.to(weight.dtype).unflatten(4, (-1, columns)).unflatten(3, (-1, rows))
         x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [B, F, (row, column), (C, patch)]
-        return F.linear(x, weight.flatten(1), self.patch_embedding.bias)
+        return linear(x, weight.flatten(1), self.patch_embedding.bias)
 
     def _unpatchify(self, out_BFSD: Tensor, latents_BFCHW: Tensor) -> Tensor:
         """A token's vector is laid out (patch row, patch column, channel), channel fastest."""

@@ -1,13 +1,14 @@
 """`streamgen bench`: the time of one block, beside the time of its bare products and attention in the same run.
 
 Blocks are timed with a full cache, each followed by the bound of the same shapes, so that both see the same machine;
-medians of both. `sprites` is the shipped model with its codec, `mid` a transformer of random weights, 768 wide;
-`wan_1_3b` has the sizes of Wan 1.3B on a small picture, takes minutes, and is measured only when it is named.
+medians of both. `bench_stages` says what the stages do and how fast. `sprites` is the shipped model with its codec,
+`mid` a transformer of random weights, 768 wide; `wan_1_3b` has the sizes of Wan 1.3B on a small picture, takes
+minutes, and is measured only when it is named.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -36,6 +37,21 @@ from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.weights import Unfilled, build_config
 from streamgen_infer import bench_live, machine
+from streamgen_infer.bench_show import check_picture, print_results, write_picture
+from streamgen_infer.bench_stages import (
+    Roofs,
+    block_figures,
+    cpu_ms_of,
+    cpu_now_ms,
+    host_share,
+    latents_of,
+    stage_figures,
+    stage_work,
+    steady_state,
+    timed_ms,
+    video_of,
+    with_one_step,
+)
 from streamgen_infer.bound import Bound, decode_shapes
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.report import check_report, write_report
@@ -76,11 +92,14 @@ def run(
     blocks: int | None,
     seconds: float,
     json: Path | None,
+    png: Path | None,
     overwrite: bool,
 ) -> int:
     """The command; returns the exit code."""
     dtypes = _choice("--dtype", dtype, tuple(DTYPES))
     if suite in bench_live.SUITES:
+        if png is not None:
+            raise UserError(f"--png draws the stages of a block; --suite {suite} has none: leave it out")
         return bench_live.run(
             interrupts, suite=suite, dtype=dtype, threads=threads, seconds=seconds, json=json, overwrite=overwrite
         )
@@ -91,6 +110,8 @@ def run(
     if json is not None:
         check_place(json, "--json")
         check_report(json, "--json", overwrite=overwrite)
+    if png is not None:
+        check_picture(png, overwrite)
     torch.set_num_threads(threads)
     results: list[dict[str, Any]] = []
     with interrupts.deferred() as stop:
@@ -102,17 +123,20 @@ def run(
                 result = measure(CASES[name](DTYPES[kind]), blocks or DEFAULT_BLOCKS[name], stop)
                 if result is not None:
                     results.append({"suite": name, "dtype": kind, "threads": threads, **result})
-        _print(results)
+        print_results(results)
         if json is not None:
             values = {
                 "command": "bench",
                 "version": __version__,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "environment": environment(),
+                "load": os.getloadavg()[0],
                 "interrupted": stop.requested,
                 "results": results,
             }
             write_report(json, values)
+        if png is not None and results:
+            write_picture(png, results, machine.cpu_name())
     return INTERRUPTED if stop.requested else 0
 
 
@@ -239,34 +263,55 @@ def _name(dtype: torch.dtype) -> str:
 def measure(case: Case, blocks: int, stop: Stop) -> dict[str, Any] | None:
     """Medians over `blocks` blocks with a full cache; None if a stop came before the first of them."""
     rolling = _Rolling(case)
-    one_step = dataclasses.replace(case.sampling, sigmas=case.sampling.sigmas[:1])
+    one_step = with_one_step(case)
     while rolling.state.cache.fill()[0] < case.window_frames and not stop.requested:
         rolling.block(one_step)
     rolling.block(one_step)  # the first with a full cache still makes its tables
     bound = _BlockBound(case)
     bound.run()
-    text_ms = [_timed(case.encode_text) for _ in range(5)]
+    roofs = Roofs(case.dtype)
+    text_ms = statistics.median(timed_ms(case.encode_text) for _ in range(5))
     made: list[dict[str, Any]] = []
     bounds: list[float] = []
+    cpu_ms: list[tuple[float, float]] = []
     while len(made) < blocks and not stop.requested:
+        start = cpu_now_ms()
         made.append(rolling.block())
-        bounds.append(_timed(bound.run))
+        between = cpu_now_ms()
+        bounds.append(timed_ms(bound.run))
+        cpu_ms.append((between - start, cpu_now_ms() - between))
+        roofs.sample()
     if not made:
         return None
-    block_ms, bound_ms = _median([one["block_ms"] for one in made]), statistics.median(bounds)
-    geometry = case.geometry
-    media_ms = 1000 * geometry.block_pixel_frames(1) / geometry.fps
+    times_ms = [one["block_ms"] for one in made]
+    block_ms, bound_ms = statistics.median(times_ms), statistics.median(bounds)
+    geometry, steps = case.geometry, len(case.sampling.sigmas)
+    denoise_ms = [_median(step) for step in zip(*(one["denoise_ms"] for one in made), strict=True)]
+    stages_cpu_ms = {name: _median([one["cpu_ms"][name] for one in made]) for name in made[0]["cpu_ms"]}
+    stages_cpu_ms["text"] = cpu_ms_of(case.encode_text)
+    works, roof = stage_work(case), roofs.values()
+    if case.codec is not None:
+        video = video_of(case).to(case.dtype)
+        stages_cpu_ms["encode"] = cpu_ms_of(lambda: case.codec.encode_stream(video, None))
     return {
         "block_ms": block_ms,
         "bound_ms": bound_ms,
         "ratio_to_bound": block_ms / bound_ms,
-        "text_ms": statistics.median(text_ms),
-        "denoise_ms": [_median(step) for step in zip(*(one["denoise_ms"] for one in made), strict=True)],
+        "block_cpu_ms": _median([block for block, _ in cpu_ms]),
+        "bound_cpu_ms": _median([alone for _, alone in cpu_ms]),
+        "cpu_ratio_to_bound": _median([block / alone for block, alone in cpu_ms]),
+        "text_ms": text_ms,
+        "denoise_ms": denoise_ms,
         "commit_ms": _median([one["commit_ms"] for one in made]),
         "decode_ms": _median([one["decode_ms"] for one in made]),
-        "real_time": None if case.codec is None else media_ms / block_ms,
+        "real_time": None if case.codec is None else 1000 * geometry.block_pixel_frames(1) / geometry.fps / block_ms,
+        **block_figures(case, works, times_ms, steps, rolling.state.cache.nbytes()),
+        "host_share": host_share(rolling.block),
+        "steady_state": steady_state(rolling.block, case.transformer.patch_embedding.weight.device),
+        "roofs": roof,
+        "stages": stage_figures(works, stages_cpu_ms, roof),
         "blocks": len(made),
-        "steps": len(case.sampling.sigmas),
+        "steps": steps,
         "codec_included": case.codec is not None,
         "tokens_per_block": geometry.tokens(geometry.block_frames),
         "visible_tokens": geometry.tokens(case.window_frames),
@@ -297,13 +342,16 @@ class _Rolling:
     @torch.no_grad()
     def block(self, sampling: Sampling | None = None) -> dict[str, Any]:
         laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
+        cpu_laps: dict[str, list[float]] = {stage: [] for stage in laps}
         start = last = time.perf_counter()
+        cpu_last_ms = cpu_now_ms()
 
         def mark(stage: str) -> None:
-            nonlocal last
-            now = time.perf_counter()
+            nonlocal last, cpu_last_ms
+            now, cpu_ms = time.perf_counter(), cpu_now_ms()
             laps[stage].append(1000 * (now - last))
-            last = now
+            cpu_laps[stage].append(cpu_ms - cpu_last_ms)
+            last, cpu_last_ms = now, cpu_ms
 
         def decode(latents: Tensor) -> None:
             if self.case.codec is not None:
@@ -318,6 +366,7 @@ class _Rolling:
             "denoise_ms": laps["denoise"],
             "commit_ms": laps["commit"][0],
             "decode_ms": laps["decode"][0],
+            "cpu_ms": {stage: statistics.fmean(cpu_laps[stage]) for stage in ("denoise", "commit", "decode")},
         }
 
 
@@ -331,9 +380,7 @@ class _BlockBound:
         self.forward = Bound(pass_shapes(case.transformer.config, tokens, visible), case.dtype)
         self.decode = Bound([], case.dtype)
         if case.codec is not None:
-            size = (geometry.latent_channels, geometry.latent_height, geometry.latent_width)
-            latents = torch.zeros(1, geometry.block_frames, *size)
-            self.decode = Bound(decode_shapes(case.codec, latents), case.dtype)
+            self.decode = Bound(decode_shapes(case.codec, latents_of(case)), case.dtype)
 
     def run(self) -> None:
         for _ in range(self.passes):
@@ -341,38 +388,5 @@ class _BlockBound:
         self.decode.run()
 
 
-def _timed(call: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        call()
-    return 1000 * (time.perf_counter() - start)
-
-
 def _median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
-
-
-def _print(results: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not results:
-        console.print("nothing was measured")
-        return
-    title = f"time per block, threads: {results[0]['threads']}, {machine.cpu_name()}"
-    table = Table(title=title, box=box.SIMPLE)
-    for column in ("suite", "dtype", "block ms", "bound ms", "ratio", "x real time", "weights"):
-        table.add_column(column, justify="left" if column in ("suite", "dtype", "weights") else "right")
-    for one in results:
-        speed = "-" if one["real_time"] is None else f"{one['real_time']:.1f}"
-        figures = (f"{one[name]:.2f}" for name in ("block_ms", "bound_ms", "ratio_to_bound"))
-        table.add_row(one["suite"], one["dtype"], *figures, speed, one["weights"])
-    console.print(table)
-    for one in results:
-        steps = " ".join(f"{ms:.1f}" for ms in one["denoise_ms"])
-        rest = f"commit {one['commit_ms']:.1f}, decode {one['decode_ms']:.1f}; a new prompt's text {one['text_ms']:.1f}"
-        console.print(f"{one['suite']} {one['dtype']}, ms: denoise {steps}, {rest}", soft_wrap=True)
-    console.print("bound: the matrix products, attention and convolutions of the same shapes alone, in the same run")

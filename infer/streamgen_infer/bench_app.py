@@ -23,7 +23,9 @@ def bench(
     blocks: Annotated[int | None, typer.Option(help="Blocks to time; 20, 3 and 2 by default.", metavar="N")] = None,
     seconds: Annotated[float, typer.Option(help="How long the viewers watch.", metavar="N")] = 60,
     json: Json = None,
-    png: Annotated[Path | None, typer.Option(help="Draw every stage under the machine's roofs.", metavar="FILE")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw every stage under the machine's roofs.", metavar="FILE")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> int:
     """Time one block of video beside its bare matrix products and attention; or compare two such measurements."""

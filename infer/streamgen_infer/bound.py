@@ -2,12 +2,14 @@
 
 `streamgen.costs.pass_shapes` counts from the config what a streaming pass computes; `Bound` runs exactly that on
 operands of its own, as many as the model has weights and cached keys, so that the CPU's caches are as cold for it as
-for the model.
+for the model. Products and attention go through the model's own choice of libraries (`streamgen.linear`, backend
+`auto`): a slower one would flatter the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamgen.attention import attend
 from streamgen.costs import Attention, Product
+from streamgen.linear import linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +33,42 @@ class Convolution:
     weight: tuple[int, ...]
     padding: tuple[int, int]
 
+    @property
+    def outputs(self) -> int:
+        """Values that it writes."""
+        rows, columns = (
+            size + 2 * pad - kernel + 1
+            for size, pad, kernel in zip((self.height, self.width), self.padding, self.weight[2:], strict=True)
+        )
+        return self.images * self.weight[0] * rows * columns
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.outputs * math.prod(self.weight[1:])
+
 
 Shape = Product | Attention | Convolution
 
 
+def moved_values(shape: Shape) -> int:
+    """Operands that are read once and results that are written once: the least that any way of doing it moves."""
+    match shape:
+        case Product():
+            return shape.m * shape.k + shape.k * shape.n + shape.m * shape.n
+        case Attention():
+            return 2 * shape.heads * shape.width * (shape.queries + shape.keys)
+        case Convolution():
+            inputs = shape.images * shape.channels * shape.height * shape.width
+            return inputs + math.prod(shape.weight) + shape.outputs
+
+
 def decode_shapes(codec: Any, latents_BFCHW: Tensor) -> list[Shape]:
     """The products and convolutions that the codec runs to decode a block of this shape."""
+    return shapes_of(codec, lambda: codec.decode_stream(latents_BFCHW, None))
+
+
+def shapes_of(owner: nn.Module, call: Callable[[], object]) -> list[Shape]:
+    """The products and convolutions that modules of `owner` run in a call."""
     found: list[Shape] = []
 
     def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -47,10 +81,10 @@ def decode_shapes(codec: Any, latents_BFCHW: Tensor) -> list[Shape]:
             images, channels, rows, columns = x.shape
             found.append(Convolution(images, channels, rows, columns, tuple(module.weight.shape), (height, width)))
 
-    hooks = [module.register_forward_pre_hook(seen) for module in codec.modules()]
+    hooks = [module.register_forward_pre_hook(seen) for module in owner.modules()]
     try:
         with torch.no_grad():
-            codec.decode_stream(latents_BFCHW, None)
+            call()
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,9 +104,9 @@ class Bound:
         for shape, operands in self._work:
             match shape:
                 case Product():
-                    F.linear(operands[0], operands[1])
+                    linear(operands[0], operands[1], None)
                 case Attention():
-                    F.scaled_dot_product_attention(operands[0], operands[1], operands[2])
+                    attend(operands[0], operands[1], operands[2], backend="auto")
                 case Convolution():
                     F.conv2d(operands[0], operands[1], padding=shape.padding)
 

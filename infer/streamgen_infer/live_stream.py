@@ -61,6 +61,8 @@ class LiveStream:
         on_block: OnBlock,
         on_event: OnEvent,
     ) -> None:
+        if stream.geometry != stream.pipe.geometry:
+            raise UserError("the state began with an image as a block of its own; resume it with streamgen stream")
         self.id, self.pipe, self.geometry = id, stream.pipe, stream.pipe.geometry
         self.stream, self.work, self.request = stream, Work(stream), request
         self.fps = request.fps or self.geometry.fps

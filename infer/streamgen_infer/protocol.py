@@ -77,7 +77,7 @@ class Start(Command):
     seed: int = Field(default=0, ge=0, le=2**64 - 1)
     fps: float | None = Field(default=None, ge=1, le=240)
     steps: int | None = Field(default=None, ge=1, le=1000)
-    cache: Literal["relative", "window"] | None = None
+    cache: Literal["relative", "window", "ema_sink"] | None = None
     """How old keys are placed in time; by default as the model was trained."""
     format: Format = "jpeg"
     quality: int = Field(default=85, ge=1, le=100)

@@ -70,6 +70,7 @@ class _Run:
             for index in range(scenario.devices)
         ]
         self.tally = Tally(devices=scenario.devices, seconds=scenario.seconds)
+        self.ended = 0
 
     def at(self, when_s: float, handler: Callable[..., None], *arguments: Any) -> None:
         self.count += 1
@@ -103,6 +104,8 @@ class _Run:
                 self.tally.busy_s[device.index] += self.now_s - device.began_s
             for stream in list(device.order):
                 self.end(device, stream)
+        if self.ended != self.tally.admitted:
+            raise Broken(f"{self.tally.admitted} streams were admitted, {self.ended} have ended")
 
     # Viewers come, go, and report.
 
@@ -151,6 +154,8 @@ class _Run:
                     stream.clock.origin_s = answer.due_s
                 device.add(stream)
                 held = sum(other.viewers.bytes for other in device.order)
+                if held > scenario.memory_bytes:
+                    raise Broken(f"device {device.index} holds {held} bytes of {scenario.memory_bytes}")
                 self.tally.most_bytes[device.index] = max(self.tally.most_bytes[device.index], held)
                 self.dispatch(device)
                 return None
@@ -171,6 +176,7 @@ class _Run:
 
     def end(self, device: Device, stream: SimulatedStream) -> None:
         device.remove(stream)
+        self.ended += 1
         self.tally.stream(
             watched_s=self.now_s - stream.came_s,
             blocks=stream.delivered,
@@ -220,6 +226,7 @@ class _Run:
             if decision.until_s is not None:
                 self.at(max(decision.until_s, now_s), self.wake, device, device.lives)
             return
+        self.check_waits(device, decision)
         if self.watch.launch:
             self.watch.launch(now_s, device.index, device.views, decision)
         rows = len(decision.streams)
@@ -229,6 +236,21 @@ class _Run:
         device.launch, device.began_s = decision, now_s
         failed = lot < self.scenario.faults.failures
         self.at(now_s + took_s, self.done, device, device.lives, shape, failed)
+
+    def check_waits(self, device: Device, launch: Launch) -> None:
+        """Nobody starves: who has waited `max_wait_s` is in one of the next launches, of as many as there are streams.
+
+        Their number is the most that the device has held: those that were before it may have gone since."""
+        longest_s = self.now_s - self.scenario.rules.max_wait_s
+        for stream, view in zip(device.order, device.views, strict=True):
+            if view.last_served_s >= longest_s:
+                continue
+            if view.id in launch.streams:
+                stream.passed_over = 0
+            elif view.not_before_s < longest_s or view.passes_left is not None or view.ready == "commit":
+                stream.passed_over += 1
+                if stream.passed_over > device.most_streams:
+                    raise Broken(f"{stream.id}: passed over by {stream.passed_over} launches after the longest wait")
 
     def wake(self, device: Device, life: int) -> None:
         if life == device.lives:
@@ -250,7 +272,7 @@ class _Run:
             if stream.gone:
                 self.end(device, stream)
                 continue
-            stream.served_s = now_s
+            stream.served_s, stream.passed_over = now_s, 0
             if not failed:
                 if decodes:
                     self.deliver(stream, launch.flags.get(id, 0))

@@ -28,6 +28,7 @@ from streamgen_infer.sinks import STDOUT, Sink
 from streamgen_infer.stream_options import SCHEDULES, SPLITS, Options, Request, check
 
 if TYPE_CHECKING:
+    from streamgen.geometry import VideoGeometry
     from streamgen.parallel.job import Split
     from streamgen.parallel.piped import PipedBlock
     from streamgen.parallel.supervise import PipedStream
@@ -64,6 +65,9 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
     pipe = StreamPipeline.from_pretrained(options.model, device=options.device, dtype=dtype, threads=options.threads)
     fps = options.fps or (saved or {}).get("geometry", {}).get("fps") or pipe.geometry.fps
     pipe.geometry = dataclasses.replace(pipe.geometry, fps=fps)
+    for lora in request.loras:
+        pipe.load_lora(lora.path, lora.strength)
+    names = [None if lora is None else pipe.adapters.load(lora.path) for _, lora in request.loras_at]
     loaded_s = time.perf_counter()
     with _spoken_warnings(silent=True):
         first_prompt = options.prompt or (saved or {})["timeline"][0]["prompt"]
@@ -71,7 +75,12 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
     accepted_s = time.perf_counter()
 
     with _spoken_warnings():
-        stream, tail = _open_stream(pipe, request, saved)
+        stream, tail, shown_s = _open_stream(pipe, request, saved)
+        for (at_s, adapter), name in zip(request.loras_at, names, strict=True):
+            one = cast("Stream", stream)  # `check` saw to it
+            transition = "recache" if options.transition == "blend" else options.transition
+            strengths = {} if adapter is None or name is None else {name: adapter.strength}
+            one.use_loras(strengths, transition, at_block=one.geometry.block_at_seconds(shown_s + at_s))
     sink = Sink(request.output, Video(height=pipe.geometry.height, width=pipe.geometry.width, fps=fps), options.scale)
     figures = StreamFigures(fps=fps, accepted_s=accepted_s)
     run = _Run(request, stream, tail, sink, figures, view)
@@ -123,6 +132,8 @@ def _settings(request: Request, stream: Stream | PipedStream) -> dict[str, Any]:
         "model": options.model,
         "prompt": stream.timeline.prompts[0].prompt,
         "switches": [dataclasses.asdict(entry) for entry in stream.timeline.prompts[1:]],
+        "image": None if options.image is None else str(options.image),
+        "loras": {str(lora.path): lora.strength for lora in request.loras},
         "steps": stream.steps,
         "schedule": options.schedule or ON_ONE_DEVICE[stream.visibility],
         "visibility": stream.visibility,
@@ -142,11 +153,11 @@ def _settings(request: Request, stream: Stream | PipedStream) -> dict[str, Any]:
 
 def _open_stream(
     pipe: StreamPipeline, request: Request, saved: dict[str, Any] | None
-) -> tuple[Stream | PipedStream, Any]:
-    """The stream with its switches, and the frames that a saved one had made and not shown."""
+) -> tuple[Stream | PipedStream, Any, float]:
+    """The stream with its switches, the frames that a saved one had made and not shown, and the seconds shown."""
     from streamgen_infer.plan.card import choose_visibility
 
-    options, geometry = request.options, pipe.geometry
+    options = request.options
     tail = None
     if saved is None:
         assert options.prompt is not None
@@ -162,9 +173,15 @@ def _open_stream(
             stream = _over_ranks(pipe, request)
         else:
             stream = pipe.stream(
-                options.prompt, seed=options.seed or 0, steps=options.steps, cache=options.cache, visibility=visibility
+                options.prompt,
+                seed=options.seed or 0,
+                steps=options.steps,
+                cache=options.cache,
+                visibility=visibility,
+                cache_dtype=options.cache_dtype,
+                image=options.image,
             )
-        shown_s = 0.0
+        geometry, shown_s = _geometry(stream), 0.0
     else:
         stream = pipe.resume(saved)
         able = _schedules_of(stream)
@@ -177,12 +194,13 @@ def _open_stream(
             ("--seed", options.seed, stream.seed),
             ("--steps", options.steps, stream.steps),
             ("--cache", options.cache, stream.cache_policy),
+            ("--cache-dtype", options.cache_dtype, stream.state.cache.stored_as or "the model's own dtype"),
         ):
             if given is not None and given != kept:
                 raise UserError(f"{name} {given}: the saved stream goes on with {kept}; leave the option out")
         if "tail" in saved:
             tail = saved["tail"].numpy()
-        waiting = 0 if tail is None else len(tail)
+        waiting, geometry = 0 if tail is None else len(tail), _geometry(stream)
         shown_s = (geometry.block_pixel_start(stream.made_blocks) - waiting) / geometry.fps
         if options.prompt is not None:
             stream.prompt(options.prompt, options.transition)
@@ -195,7 +213,13 @@ def _open_stream(
         if before is not None and before.block == receipt.block:
             warn(f"two prompts fall on the block at {receipt.seconds - shown_s:g} s; the later one is shown: {prompt}")
         before = receipt
-    return stream, tail
+    return stream, tail, shown_s
+
+
+def _geometry(stream: Stream | PipedStream) -> VideoGeometry:
+    """A stream that begins with an image has its own."""
+    geometry: VideoGeometry = getattr(stream, "geometry", stream.pipe.geometry)
+    return geometry
 
 
 def _over_ranks(pipe: StreamPipeline, request: Request) -> PipedStream:
@@ -277,7 +301,7 @@ class _Run:
         """Keep one block ahead of the media clock and no more."""
         if self.figures.first_ready_s is None:
             return
-        geometry, position = self.stream.pipe.geometry, self.stream.made_blocks
+        geometry, position = _geometry(self.stream), self.stream.made_blocks
         begin_s = self.figures.deadline_s() - geometry.block_pixel_frames(position) / geometry.fps
         while not stop.requested and (wait_s := begin_s - time.perf_counter()) > 0:
             time.sleep(min(wait_s, NAP_S))

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from streamgen.errors import UserError
 from streamgen_infer.live_view import one_line
@@ -13,7 +14,8 @@ from streamgen_infer.report import check_report
 from streamgen_infer.sinks import Output, check_output, check_place
 
 SCHEDULES = ("serial", "stream_batch", "step_chain", "layer_ring", "rolling", "interleaved")
-CACHES = ("relative", "window")
+CACHE_DTYPES = ("int8", "fp8")
+CACHES = ("relative", "window", "ema_sink")
 SPLITS = ("step_chain", "layer_ring")
 """Those that can be spread over ranks."""
 TRANSITIONS = ("cut", "recache", "blend", "scene")
@@ -31,6 +33,9 @@ class Options:
 
     prompt: str | None = None
     switch: tuple[str, ...] = ()
+    image: Path | None = None
+    lora: tuple[str, ...] = ()
+    lora_at: tuple[str, ...] = ()
     seconds: str = "8"
     seed: int | None = None
     out: str | None = None
@@ -40,6 +45,7 @@ class Options:
     force: bool = False
     ranks: int = 1
     cache: str | None = None
+    cache_dtype: str | None = None
     transition: str = "recache"
     fps: float | None = None
     device: str = "cpu"
@@ -54,6 +60,13 @@ class Options:
     quiet: bool = False
 
 
+class Adapter(NamedTuple):
+    """A LoRA file and its strength."""
+
+    path: Path
+    strength: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """Options that make sense."""
@@ -62,6 +75,9 @@ class Request:
     seconds: float
     """May be inf."""
     switches: tuple[tuple[float, str], ...]
+    loras: tuple[Adapter, ...]
+    loras_at: tuple[tuple[float, Adapter | None], ...]
+    """None: no adapter from there on."""
     output: Output
 
 
@@ -85,12 +101,15 @@ def check(options: Options) -> Request:
     for name, choice, known in (
         ("--schedule", options.schedule, SCHEDULES),
         ("--cache", options.cache, CACHES),
+        ("--cache-dtype", options.cache_dtype, CACHE_DTYPES),
         ("--transition", options.transition, TRANSITIONS),
         ("--dtype", options.dtype, DTYPES),
     ):
         if choice is not None and choice not in known:
             raise UserError(f"{name} {choice!r} does not exist; there are: {', '.join(known)}")
     if options.ranks > 1:
+        if options.cache_dtype is not None:
+            raise UserError("--cache-dtype is for one rank; leave it or --ranks out")
         if options.schedule not in SPLITS:
             raise UserError(
                 f"--ranks {options.ranks} needs a schedule that is spread: --schedule {' or '.join(SPLITS)}"
@@ -98,10 +117,19 @@ def check(options: Options) -> Request:
         if options.save_state is not None or options.resume is not None:
             raise UserError("--save-state and --resume are for one rank; leave them or --ranks out")
     check_device(options.device)
+    _check_one_device(options)
     switches = parse_switches(options.switch, seconds)
+    loras_at = parse_loras_at(options.lora_at, seconds)
     output = check_output(options.out, fps=options.fps, overwrite=options.overwrite)
     _check_files(options, output)
-    return Request(options=options, seconds=seconds, switches=switches, output=output)
+    return Request(
+        options=options,
+        seconds=seconds,
+        switches=switches,
+        loras=tuple(map(parse_lora, options.lora)),
+        loras_at=loras_at,
+        output=output,
+    )
 
 
 def parse_seconds(text: str) -> float:
@@ -138,6 +166,54 @@ def parse_switches(items: tuple[str, ...], seconds: float) -> tuple[tuple[float,
             raise UserError(f"--switch at {when} s comes after the one at {found[-1][0]:g} s: order them by time")
         found.append((at_s, prompt))
     return tuple(found)
+
+
+def parse_lora(item: str) -> Adapter:
+    """FILE or FILE=STRENGTH; the file exists."""
+    head, _, tail = item.rpartition("=")
+    try:
+        path, strength = (Path(head), float(tail)) if head else (Path(item), 1.0)
+    except ValueError:
+        path, strength = Path(item), 1.0
+    if not path.is_file():
+        raise UserError(f"--lora {one_line(item, 80)!r}: there is no file {path}; give FILE or FILE=STRENGTH")
+    return Adapter(path, strength)
+
+
+def parse_loras_at(items: tuple[str, ...], seconds: float) -> tuple[tuple[float, Adapter | None], ...]:
+    """SECONDS=FILE, SECONDS=FILE=STRENGTH or SECONDS=none in the order of their time."""
+    found: list[tuple[float, Adapter | None]] = []
+    for item in items:
+        when, _, what = item.partition("=")
+        try:
+            at_s = float(when) if what else math.nan
+        except ValueError:
+            at_s = math.nan
+        if not math.isfinite(at_s):
+            raise UserError(f"--lora-at {one_line(item, 80)!r} is not SECONDS=FILE[=STRENGTH] or SECONDS=none")
+        if not 0 <= at_s < seconds:
+            raise UserError(
+                f"--lora-at at {when} s: it must be from 0 s to before the end of the video at {seconds:g} s"
+            )
+        if found and at_s <= found[-1][0]:
+            raise UserError(f"--lora-at at {when} s comes after the one at {found[-1][0]:g} s: order them by time")
+        found.append((at_s, None if what == "none" else parse_lora(what)))
+    return tuple(found)
+
+
+def _check_one_device(options: Options) -> None:
+    """What a stream over several ranks, or one that goes on, has no use for."""
+    if options.image is not None and options.resume is not None:
+        raise UserError("--image begins a new stream; leave it or --resume out")
+    if options.image is not None and not options.image.is_file():
+        raise UserError(f"--image {options.image}: there is no such file")
+    asked = [
+        name
+        for name, given in (("--image", options.image), ("--lora", options.lora), ("--lora-at", options.lora_at))
+        if given
+    ]
+    if options.ranks > 1 and asked:
+        raise UserError(f"{' and '.join(asked)}: for one rank; leave --ranks out")
 
 
 def check_device(device: str) -> None:

@@ -1,11 +1,13 @@
 """Key/value caches of streaming attention: `kv.py` is the machine, every other file is one policy."""
 
+from streamgen.cache.ema_sink import EMA_SINK
 from streamgen.cache.kv import BlockCache, CacheSpec, KVCache, Policy
+from streamgen.cache.quantised import STORAGES, QuantisedKVCache
 from streamgen.cache.relative import RELATIVE
 from streamgen.cache.rows import RowsCache
 from streamgen.cache.window import WINDOW
 
-POLICIES = {policy.name: policy for policy in (WINDOW, RELATIVE)}
+POLICIES = {policy.name: policy for policy in (WINDOW, RELATIVE, EMA_SINK)}
 
 
 def policy(name: str) -> Policy:
@@ -15,4 +17,14 @@ def policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "BlockCache", "CacheSpec", "KVCache", "Policy", "RowsCache", "policy"]
+__all__ = [
+    "POLICIES",
+    "STORAGES",
+    "BlockCache",
+    "CacheSpec",
+    "KVCache",
+    "Policy",
+    "QuantisedKVCache",
+    "RowsCache",
+    "policy",
+]

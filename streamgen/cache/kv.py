@@ -24,7 +24,7 @@ from streamgen.rope import apply_rope, rope_table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How a cache treats old keys. A new policy is one small file that fills in these three answers."""
+    """How a cache treats old keys. A new policy is one small file that fills in these answers."""
 
     name: str
     stores_rotated: bool
@@ -33,6 +33,8 @@ class Policy:
     """(frame since the start of the shot, window, sink) -> slot; whatever sat there leaves, which is the eviction."""
     positions: Callable[[Sequence[int]], Sequence[float]]
     """Visible frames in time order, the block in progress last -> their temporal positions."""
+    committed: Callable[[KVCache, int], None] | None = None
+    """Called with the number of latent frames after a block is committed: what its keys and values do to the sink."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,9 @@ class KVCache:
     `begin` opens a block, the model calls `append` on the handle in every pass, `commit` makes the last pass permanent.
     """
 
+    stored_as: str | None = None
+    """The number format of what is stored, if it is not that of what attention reads (`quantised.STORAGES`)."""
+
     def __init__(
         self,
         spec: CacheSpec,
@@ -106,12 +111,20 @@ class KVCache:
         self.spec = spec
         self.policy = policy(spec.policy)
         shape = (spec.num_layers, batch, spec.num_heads, spec.window_frames * spec.tokens_per_frame, spec.head_dim)
+        self._allocate(shape, dtype, torch.device(device))
+        self._origin = self._end = 0
+        self._table: tuple[tuple[float, ...], tuple[Tensor, Tensor]] | None = None
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         # Keys as attention reads them. Un-rotated storage is rotated into a scratch once per block; it is never saved.
         self.read_k = self.k if self.policy.stores_rotated else torch.zeros_like(self.k)
-        self._origin = self._end = 0
-        self._table: tuple[tuple[float, ...], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """What a saved state holds the filled slots of, each [layers, B, N, S, width]."""
+        return {"k": self.k, "v": self.v}
 
     @property
     def frames(self) -> list[int]:
@@ -132,7 +145,7 @@ class KVCache:
                 "reset() starts a new shot"
             )
         origin = block_start_frame if empty else self._origin
-        return BlockCache(self, origin, block_start_frame + frames, frames, peek=peek)
+        return self._block(origin, block_start_frame + frames, frames, peek=peek)
 
     def begin_recache(self, *, protect_sink: bool = True) -> BlockCache:
         """Open a pass that rewrites the frames already held, each seeing all (LongLive, arXiv 2509.22622).
@@ -143,7 +156,10 @@ class KVCache:
         frames = len(self.frames[sink:])
         if frames == 0:
             raise ValueError("there is nothing to re-encode: the cache holds no frame outside the protected sink")
-        return BlockCache(self, self._origin, self._end, frames)
+        return self._block(self._origin, self._end, frames)
+
+    def _block(self, origin: int, end: int, frames: int, *, peek: bool = False) -> BlockCache:
+        return BlockCache(self, origin, end, frames, peek=peek)
 
     def commit(self, block: BlockCache) -> None:
         """Make the last pass over `block` part of the context of later blocks."""
@@ -157,6 +173,8 @@ class KVCache:
                 "run a whole pass without gradients, then commit"
             )
         self._origin, self._end = block.span
+        if self.policy.committed is not None and block.span != block.base:  # equal after a recache
+            self.policy.committed(self, len(block.q_positions))
 
     def reset(self) -> None:
         """Forget every frame (a new shot). Memory stays allocated."""
@@ -188,13 +206,8 @@ class KVCache:
     def state_dict(self) -> dict[str, Any]:
         """Copies of what is held (filled slots only), in slot order, with the shape they belong to."""
         stop = len(self.frames) * self.spec.tokens_per_frame
-        return {
-            "spec": self._identity(),
-            "origin": self._origin,
-            "end": self._end,
-            "k": self.k[..., :stop, :].clone(),
-            "v": self.v[..., :stop, :].clone(),
-        }
+        held = {name: buffer[..., :stop, :].clone() for name, buffer in self.stored.items()}
+        return {"spec": self._identity(), "origin": self._origin, "end": self._end, **held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore to the bit. Raises ValueError naming each field in which the state belongs to another cache."""
@@ -207,14 +220,15 @@ class KVCache:
         if wrong:
             raise ValueError("the saved cache does not fit this one: " + ", ".join(wrong))
         held = held_frames(state["origin"], state["end"], self.spec.window_frames, self.spec.sink_frames)
-        shape = (*self.k.shape[:3], len(held) * self.spec.tokens_per_frame, self.spec.head_dim)
-        for name in ("k", "v"):
-            if tuple(state[name].shape) != shape or state[name].dtype != self.k.dtype:
+        stop = len(held) * self.spec.tokens_per_frame
+        for name, buffer in self.stored.items():
+            shape, saved = (*buffer.shape[:3], stop, buffer.shape[4]), state[name]
+            if tuple(saved.shape) != shape or saved.dtype != buffer.dtype:
                 raise ValueError(
-                    f"saved cache tensor '{name}' is {tuple(state[name].shape)} {state[name].dtype}, "
-                    f"expected {shape} {self.k.dtype}"
+                    f"saved cache tensor '{name}' is {tuple(saved.shape)} {saved.dtype}, "
+                    f"expected {shape} {buffer.dtype}"
                 )
-            getattr(self, name)[..., : shape[3], :].copy_(state[name])
+            buffer[..., :stop, :].copy_(saved)
         self._origin, self._end = state["origin"], state["end"]
 
     def _identity(self) -> dict[str, Any]:
@@ -265,8 +279,8 @@ class BlockCache:
         if not cache.policy.stores_rotated and layer not in self._context_rotated:
             self._rotate_context(layer)
         if self.peek or (torch.is_grad_enabled() and (k_BNTK.requires_grad or v_BNTK.requires_grad)):
-            keys = torch.cat([*(read_k[:, :, slots] for slots, _ in self._context), rotated], dim=2)
-            return keys, torch.cat([*(values[:, :, slots] for slots, _ in self._context), v_BNTK], dim=2)
+            past_k, past_v = self._past(layer)
+            return torch.cat([*past_k, rotated], dim=2), torch.cat([*past_v, v_BNTK], dim=2)
         for slots, tokens in self._block:
             read_k[:, :, slots] = rotated[:, :, tokens]
             values[:, :, slots] = v_BNTK[:, :, tokens]
@@ -275,21 +289,27 @@ class BlockCache:
         self.written.add(layer)
         return read_k[:, :, : self._stop], values[:, :, : self._stop]
 
+    def _past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys (rotated) and values of the context in time order, a part for each run of slots."""
+        cache = self.cache
+        if not cache.policy.stores_rotated and layer not in self._context_rotated:
+            self._rotate_context(layer)
+        runs = [slots for slots, _ in self._context]
+        return (
+            [cache.read_k[layer][:, :, slots] for slots in runs],
+            [cache.v[layer][:, :, slots] for slots in runs],
+        )
+
     def snapshot(self) -> FrozenContext:
         """A copy of what the block sees of the past, for a pass that is run again in the backward (checkpointing).
 
         By then the ring holds later frames, so reading it again would give wrong gradients.
         """
-        cache, layers = self.cache, range(self.cache.spec.num_layers)
-        if not cache.policy.stores_rotated:
-            for layer in set(layers) - self._context_rotated:
-                self._rotate_context(layer)
-        past = [slots for slots, _ in self._context]
-        return FrozenContext(
-            self._rope,
-            [torch.cat([cache.read_k[layer][:, :, slots] for slots in past], 2) if past else None for layer in layers],
-            [torch.cat([cache.v[layer][:, :, slots] for slots in past], 2) if past else None for layer in layers],
-        )
+        frozen = FrozenContext(self._rope, [], [])
+        for layer in range(self.cache.spec.num_layers):
+            for kept, parts in zip((frozen.k, frozen.v), self._past(layer), strict=True):
+                kept.append(torch.cat(parts, 2) if parts else None)
+        return frozen
 
     def _rotate_context(self, layer: int) -> None:
         """Rotate the context's keys into the scratch: once per block and layer, for all its passes."""

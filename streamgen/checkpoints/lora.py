@@ -127,20 +127,29 @@ def merged(tensors: LazyTensors, lora: Lora, strength: float = 1.0) -> LazyTenso
     for layer, pair in lora.pairs.items():
         for leaf in ("weight", "bias"):
             name = f"{layer}.{leaf}"
-            if name in entries and (leaf in pair.parts or (leaf == "weight" and "up" in pair.parts)):
+            if name in entries and changes(pair, leaf):
                 old = entries[name]
                 entries[name] = Entry(old.shape, old.dtype, partial(_merge, old, pair, leaf, lora.alpha, strength))
     return LazyTensors(entries)
 
 
+def changes(pair: Pair, leaf: str) -> bool:
+    """Does the LoRA change the layer's weight, or its bias (`leaf`)?"""
+    return leaf in pair.parts or (leaf == "weight" and "up" in pair.parts)
+
+
 def _merge(old: Entry, pair: Pair, leaf: str, alpha: float | None, strength: float) -> Tensor:
-    weight = old.read().float()
+    return added(old.read().float(), pair, leaf, alpha, strength).to(old.dtype)
+
+
+def added(weight: Tensor, pair: Pair, leaf: str, alpha: float | None, strength: float) -> Tensor:
+    """A layer's weight or bias (`leaf`), float32, with what the LoRA adds to it; computed where the weight is."""
     if leaf == "weight" and "up" in pair.parts:
-        down, up = pair.parts["down"].read().float(), pair.parts["up"].read().float()
+        down, up = (pair.parts[part].read().to(weight) for part in ("down", "up"))
         rank = down.shape[0]
         if "alpha" in pair.parts:
             alpha = float(pair.parts["alpha"].read())
         weight = weight + strength * (rank if alpha is None else alpha) / rank * (up @ down)
     if leaf in pair.parts:
-        weight = weight + strength * pair.parts[leaf].read().float()
-    return weight.to(old.dtype)
+        weight = weight + strength * pair.parts[leaf].read().to(weight)
+    return weight

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from streamgen.cache import KVCache
+from streamgen.cache import KVCache, policy
 from streamgen.errors import UserError
 from streamgen.parallel.levels import LevelCaches
 from streamgen.pipeline import StreamPipeline
 from streamgen.stream import MAX_STEPS
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import TextContext
+from streamgen.weights import user_errors
 
 Split = Literal["step_chain", "layer_ring"]
 CodecPlace = Literal["shared", "own"]
@@ -81,6 +82,11 @@ STOP = Order(block=NOTHING)
 
 def check_job(job: Job, pipe: StreamPipeline) -> None:
     """UserError where the job does not fit the model or itself."""
+    with user_errors(job.split):
+        pipe.scheduler.check_visibility(VISIBILITY)
+        name = pipe.scheduler.positions if job.cache is None else job.cache
+        if policy(name).committed is not None:
+            raise ValueError(f"cache {name}: its sink cannot be made again from latents after a rank is lost")
     trained = pipe.scheduler.visibility
     if VISIBILITY not in trained and not job.force:
         raise UserError(

@@ -1,6 +1,8 @@
 """`streamgen bench`: the bound counts what the model computes, and every figure of the contract is there."""
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,22 @@ from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen_infer import bench
-from streamgen_infer.bound import Bound, Convolution, decode_shapes
+from streamgen_infer.bench_stages import host_share, steady_state
+from streamgen_infer.bound import Bound, Convolution, decode_shapes, moved_values
 from streamgen_infer.cli import main
 from streamgen_infer.interrupts import Stop
+from tests.command_line import one_line
 
 CONFIG = TransformerConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_channels=4, out_channels=5, text_dim=8, text_len=7, freq_dim=16
 )
 GEOMETRY = VideoGeometry(height=32, width=48, latent_channels=4)
 CODEC = SpritesCodecConfig(latent_channels=4, encoder_dim=8, decoder_dim=8, decoder_blocks=2, head_dim=12)
+
+
+@pytest.fixture(autouse=True)
+def one_host_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamgen_infer.bench_stages.HOST_BLOCKS", 1)
 
 
 def test_the_bound_of_a_pass_has_the_flops_of_a_pass() -> None:
@@ -69,9 +78,15 @@ def test_the_bound_of_decoding_has_the_flops_of_decoding() -> None:
     assert any(isinstance(shape, Convolution) for shape in shapes)
 
 
+def one_dnn_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **shapes: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def test_the_bound_runs_what_it_counts() -> None:
+    """Products, through whichever library: the counter does not know oneDNN's."""
     shapes = [shape for shape in pass_shapes(CONFIG, 18, 54) if isinstance(shape, Product)]
-    with FlopCounterMode(display=False) as counter:
+    known = {torch.ops.mkldnn._linear_pointwise: one_dnn_flops}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         Bound(shapes, torch.float32).run()
     assert counter.get_total_flops() == sum(shape.flops for shape in shapes)
 
@@ -100,6 +115,40 @@ def test_measure(dtype: torch.dtype, codec: bool) -> None:
     assert (found["tokens_per_block"], found["visible_tokens"]) == (18, 54)
     assert found["codec_included"] is codec and (found["real_time"] is not None) is codec
     assert min(*found["denoise_ms"], found["commit_ms"], found["bound_ms"], found["text_ms"]) > 0
+    assert min(found["block_cpu_ms"], found["bound_cpu_ms"], found["cpu_ratio_to_bound"]) > 0
+    stages = found["stages"]
+    assert list(stages) == ["text", "denoise", "commit", *(["decode", "encode"] if codec else [])]
+    passes = 4 * stages["denoise"]["flops"] + (stages["decode"]["flops"] if codec else 0)
+    assert found["flops_per_block"] == passes and stages["text"]["flops"] > 0
+    assert found["tokens_per_s"] == pytest.approx(18e3 / found["block_ms"])
+    assert found["flops_per_s"] == pytest.approx(1e3 * passes / found["block_ms"])
+    for stage in stages.values():
+        roof = min(found["roofs"]["flops_per_s"], stage["flops_per_byte"] * found["roofs"]["bytes_per_s"])
+        assert stage["share_of_roof"] == pytest.approx(stage["flops_per_s"] / roof)
+    times = found["percentiles_ms"]
+    assert times["p50"] <= times["p95"] <= times["p99"] and 0 <= found["host_share"] < 1
+    assert found["steady_state"] == {"blocks": 3, "tensors": 0, "bytes": 0}
+    assert found["cache_bytes"] == 3 * 3 * 54 * 24 * dtype.itemsize  # keys as stored and as read, values
+
+
+def test_what_is_moved_at_least() -> None:
+    assert moved_values(Product(2, 3, 5)) == 2 * 3 + 3 * 5 + 2 * 5
+    assert moved_values(Attention(2, 3, 5, 7)) == 2 * 7 * (3 + 5 + 5 + 3)
+    convolution = Convolution(2, 3, 6, 8, (4, 3, 3, 1), (1, 0))
+    assert moved_values(convolution) == 2 * 3 * 6 * 8 + 4 * 3 * 3 + 2 * 4 * 6 * 8
+    assert convolution.flops == 2 * (2 * 4 * 6 * 8) * (3 * 3)
+
+
+def test_what_is_kept_block_after_block_is_seen() -> None:
+    kept: list[torch.Tensor] = []
+    grown = steady_state(lambda: kept.append(torch.zeros(10)), torch.device("cpu"))
+    assert grown == {"blocks": 3, "tensors": 3, "bytes": 120}
+
+
+def test_time_outside_of_torch_is_the_hosts() -> None:
+    x = torch.ones(2000, 8)
+    assert host_share(lambda: time.sleep(0.02)) > 0.9
+    assert host_share(lambda: torch.zeros(2000, 2000).exp() @ x) < 0.5
 
 
 def test_a_stop_before_the_first_block() -> None:
@@ -108,7 +157,8 @@ def test_a_stop_before_the_first_block() -> None:
 
 def test_the_command(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "CASES", {"sprites": tiny, "mid": lambda dtype: tiny(dtype, codec=False)})
-    assert main(["bench", "--blocks", "2", "--json", "b.json"]) == 0
+    assert main(["bench", "--blocks", "2", "--json", "b.json", "--png", "b.png"]) == 0
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     captured = capsys.readouterr()
     assert "bound: the matrix products" in captured.out and captured.err.startswith("measuring sprites in fp32")
     values = json.loads(Path("b.json").read_text())
@@ -127,6 +177,9 @@ def test_the_command(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert {"cpu", "cpu_flags", "cores", "torch", "python"} == values["environment"].keys()
     assert main(["bench", "--suite", "mid", "--dtype", "fp32", "--blocks", "1", "--json", "b.json"]) == 0
     assert [one["suite"] for one in json.loads(Path("b.json").read_text())["results"]] == ["mid"]
+    capsys.readouterr()
+    assert main(["bench", "--png", "b.png"]) == 2 and "add --overwrite" in one_line(capsys)
+    assert main(["bench", "--suite", "engine", "--png", "c.png"]) == 2 and "leave it out" in one_line(capsys)
 
 
 def test_the_cases_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:

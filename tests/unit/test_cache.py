@@ -9,6 +9,9 @@ from torch import Tensor
 from streamgen.cache import POLICIES, CacheSpec, KVCache
 from streamgen.rope import apply_rope, rope_table
 
+NEVER_CHANGED = [name for name, policy in sorted(POLICIES.items()) if policy.committed is None]
+"""Policies under which keys stay what they were."""
+
 GRID, LAYERS, HEADS, WIDTH = (1, 2), 2, 2, 6
 TOKENS = GRID[0] * GRID[1]
 
@@ -60,9 +63,7 @@ operations = st.lists(
 
 
 @settings(max_examples=60)
-@given(
-    policy=st.sampled_from(sorted(POLICIES)), window=st.integers(2, 9), sink=st.integers(0, 4), operations=operations
-)
+@given(policy=st.sampled_from(NEVER_CHANGED), window=st.integers(2, 9), sink=st.integers(0, 4), operations=operations)
 def test_ring_equals_a_list(policy: str, window: int, sink: int, operations: list[tuple[str, int, int]]) -> None:
     """Blocks of any sizes, failed launches, recaches, resets and reloads; the model keeps a plain list of frames."""
     sink = min(sink, window - 1)
@@ -198,7 +199,7 @@ def test_misuse_says_what_is_wrong() -> None:
     advance(cache, 2, 2)
     with pytest.raises(RuntimeError, match="stale"):
         cache.commit(stale)
-    with pytest.raises(ValueError, match=r"unknown cache policy 'absolute'; there are: relative, window"):
+    with pytest.raises(ValueError, match=r"unknown cache policy 'absolute'; there are: ema_sink, relative, window"):
         make(5, 3, "absolute")
 
 

@@ -70,7 +70,7 @@ def test_help_and_version(argv: list[str], capsys: pytest.CaptureFixture[str]) -
         ([STAR, "--scale", "1000"], "--scale is 1000"),
         ([STAR, "--steps", "few"], "Invalid value for '--steps'"),
         ([STAR, "--schedule", "pipeline"], "--schedule 'pipeline' does not exist; there are: serial"),
-        ([STAR, "--cache", "deep"], "there are: relative, window"),
+        ([STAR, "--cache", "deep"], "there are: relative, window, ema_sink"),
         ([STAR, "--transition", "wipe"], "there are: cut, recache, blend, scene"),
         ([STAR, "--dtype", "fp8"], "there are: auto, fp32, bf16"),
         ([STAR, "--device", "meta"], "there are: cpu, cuda, cuda:N, mps"),
@@ -118,7 +118,7 @@ def test_a_damaged_model(stream: Callable[..., int], model: str, capsys: pytest.
     ("argv", "message"),
     [
         (["bogus"], "No such command 'bogus'"),
-        (["bench", "--suite", "huge"], "--suite 'huge' does not exist; there are: sprites, mid, wan_1_3b, all"),
+        (["bench", "--suite", "huge"], "--suite 'huge' does not exist; there are: sprites, mid, wan_1_3b,"),
         (["bench", "--dtype", "fp8"], "--dtype 'fp8' does not exist"),
         (["bench", "--blocks", "0"], "--blocks is 0"),
         (["bench", "--json", "no/b.json"], "the folder no does not exist"),

@@ -384,7 +384,7 @@ def test_unknown_words_are_reported(pipe: StreamPipeline) -> None:
         ({"steps": 1001}, "steps is 1001"),
         ({"first_steps": 0}, "steps is 0"),
         ({"max_blocks": 0}, "max_blocks is 0"),
-        ({"cache": "none"}, "unknown cache policy 'none'; there are: relative, window"),
+        ({"cache": "none"}, "unknown cache policy 'none'; there are: ema_sink, relative, window"),
     ],
 )
 def test_stream_mistakes(pipe: StreamPipeline, options: dict, message: str) -> None:

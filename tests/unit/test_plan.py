@@ -332,6 +332,14 @@ def test_a_published_model(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert one["fixed_bytes"] > 2 * 1.3e9 and values["block_ms"] == 750
 
 
+def test_what_a_new_viewer_gets_by_load(in_tmp_path: Path, model: Path, costs: str) -> None:
+    arguments = ["plan", "--model", str(model), "--costs", costs, "--memory", "1", "--json", "a.json", "--overwrite"]
+    assert main(arguments) == 0
+    low, full = json.loads(Path("a.json").read_text())["choices"]
+    assert low["viewers"] == 1 and low["schedule"] == "serial" and low["visibility"] == "clean" and low["holds"]
+    assert full["viewers"] > 1 and full["schedule"] == "interleaved" and full["control_s"] == low["control_s"]
+
+
 def test_refusals_name_the_limit(model: Path) -> None:
     asked = demand(model, fps=240.0, steps=4, devices=2)
     found = list(found_offers(model, asked, "serial", "interleaved").values())

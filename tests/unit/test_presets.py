@@ -38,7 +38,7 @@ CACHES = {
     "causvid": (21, 0, 3, "window"),
     "longlive": (12, 3, 3, "window"),
     "rolling_forcing": (21, 3, 3, "relative"),
-    "reward_forcing": (9, 3, 3, "relative"),
+    "reward_forcing": (9, 3, 3, "ema_sink"),
     "causal_forcing_frame": (21, 0, 1, "window"),
     "stream_diffusion_v2": (6, 3, 1, "window"),
 }

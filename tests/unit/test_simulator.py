@@ -15,15 +15,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamgen.errors import UserError
-from streamgen_infer.admission import Limits
+from streamgen_infer import simulator
+from streamgen_infer.admission import Admitted, Limits
 from streamgen_infer.cli import main
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.scheduler import Launch, Rules, StreamView
 from streamgen_infer.simulate import command as simulate_command
 from streamgen_infer.simulate.command import Given
-from streamgen_infer.simulate.report import Histogram
+from streamgen_infer.simulate.parallel import seed_of, simulate_parts
+from streamgen_infer.simulate.report import Histogram, Tally, merged
 from streamgen_infer.simulate.scenario import Faults, Scenario, Viewers, lines, plain
-from streamgen_infer.simulator import Watch, simulate
+from streamgen_infer.simulator import Broken, Watch, simulate
 from tests.command_line import one_line
 
 COSTS = lines("stream", forward=(0.020, 0.004), decode=(0.010, 0.006), rows=16)
@@ -248,6 +250,49 @@ def test_a_histogram_keeps_milliseconds() -> None:
     assert found["max_s"] == 60
 
 
+# Many runs at once.
+
+
+def test_processes_count_together_what_each_would_count_alone() -> None:
+    scenario = replace(SCENARIO, seconds=15, seed=5)
+    assert [seed_of(5, part) for part in range(3)] == [seed_of(5, part) for part in range(3)]
+    assert len({seed_of(seed, part) for seed in (5, 6) for part in range(50)}) == 100 and seed_of(5, 0) == 5
+    alone = [simulate(replace(scenario, seed=seed_of(5, part)), COSTS) for part in range(2)]
+    together = simulate_parts(scenario, COSTS, 2)
+    values = together.values()
+    assert values == merged(alone).values() and together.miss_rates == alone[0].miss_rates + alone[1].miss_rates
+    assert values["devices"] == 4 and len(values["utilisation"]) == 4 and values["seconds"] == 15
+    assert values["blocks"] == sum(one.blocks for one in alone) > 150
+    assert values["steps"]["4"] == sum(one.steps[4] for one in alone)
+    assert values["slack"]["max_s"] == max(one.values()["slack"]["max_s"] for one in alone)
+    assert alone[0].values() != alone[1].values()
+    assert simulate_parts(scenario, COSTS, 1).values() == alone[0].values()
+
+
+def test_runs_of_different_lengths_are_not_counted_together() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        merged([Tally(devices=1, seconds=1), Tally(devices=1, seconds=2)])
+
+
+# What it looks for is found.
+
+
+def test_a_scheduler_that_starves_a_stream_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def favourite(now_s: float, views: Sequence[StreamView], costs: CostModel, rules: Rules) -> Launch | Any:
+        return choose(now_s, views[:1], costs, rules)
+
+    choose = simulator.choose
+    monkeypatch.setattr(simulator, "choose", favourite)
+    with pytest.raises(Broken, match="passed over by"):
+        simulate(Scenario(viewers=(replace(VIEWERS, lead_s=100),), seconds=60), COSTS)
+
+
+def test_memory_above_the_cap_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "admit", lambda now_s, *_, **__: Admitted(due_s=now_s + 1, load=0))
+    with pytest.raises(Broken, match="device 0 holds 6 bytes of 5"):
+        simulate(Scenario(viewers=(VIEWERS,), seconds=60, memory_bytes=5), COSTS)
+
+
 # The command.
 
 
@@ -334,6 +379,7 @@ def test_a_scenario_that_makes_no_sense_is_named(tmp_path: Path, values: Any, me
         (Given(forward="20+4", decode="10+6", costs=Path("x")), "not both"),
         (Given(steps="four"), "--steps 'four'"),
         (Given(devices=0), "devices is 0"),
+        (Given(processes=0), "--processes is 0; it must be 1 to 1024"),
         (Given(scenario=Path("none.json")), "cannot be read"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from streamgen.cache import policy as cache_policy
 from streamgen.costs import cache_bytes, pass_bytes, text_bytes
 from streamgen.errors import UserError
 from streamgen.pipeline import DTYPES, probe_dtype
@@ -94,18 +95,20 @@ def demand(sizes: ModelSizes, dtype: str, policy: str | None = None) -> Demand:
     """What a model asks for; `policy` is the cache's, the model's own by default."""
     t, g, item = sizes.transformer, sizes.geometry, DTYPES[dtype].itemsize
     window = sizes.scheduler.window_frames
-    relative = (policy or sizes.scheduler.positions) == "relative"
+    relative = not cache_policy(policy or sizes.scheduler.positions).stores_rotated
     kept = cache_bytes(t, g.tokens(window), item)
     codec, state, decode = codec_bytes(sizes, DTYPES[dtype])
+    rows = 1 if sizes.scheduler.guidance == 1 else 2
     return Demand(
         transformer=sizes.parameters * item,
         codec=codec,
         text=sizes.text_bytes,
         text_offloads=sizes.text_offloads,
-        kv=kept * 3 // 2 if relative else kept,  # un-rotated keys are rotated into a second buffer
-        prompt=text_bytes(t, item),
+        kv=rows * (kept * 3 // 2 if relative else kept),  # un-rotated keys are rotated into a second buffer
+        prompt=rows * text_bytes(t, item),
         codec_state=state,
-        model_pass=pass_bytes(
+        model_pass=rows
+        * pass_bytes(
             t,
             g.tokens(g.block_frames),
             g.tokens(window - g.block_frames),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen.grid import Visibility
 from streamgen.pipeline import StreamPipeline, probe_dtype
-from streamgen.schedules import SCHEDULES
+from streamgen.schedules import SCHEDULES, Machine
 from streamgen_infer import machine
 from streamgen_infer.admission import Limits
 from streamgen_infer.cost_model import CostModel
@@ -21,13 +21,17 @@ from streamgen_infer.models.fit import Demand as Bytes
 from streamgen_infer.models.fit import demand as bytes_of
 from streamgen_infer.models.fit import places
 from streamgen_infer.models.fit_sizes import ModelSizes, read_sizes
-from streamgen_infer.plan.capacity import Demand, Offer, block_frames, check_held, offers
+from streamgen_infer.plan.capacity import Demand, Offer, block_frames, check_held, grid_of, offers
 from streamgen_infer.plan.card import choose_visibility
 from streamgen_infer.plan.measure import in_ms, known_rows, load_costs, measure
 from streamgen_infer.report import check_report, write_report
+from streamgen_infer.schedule_choice import Choice, Pace, choose_schedule
 from streamgen_infer.scheduler import Rules
 from streamgen_infer.sinks import check_place
 from streamgen_infer.stream_options import check_device
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TABLE_COLUMNS = 116
 
@@ -45,6 +49,7 @@ class Question:
     force: bool
     memory_gb: float | None
     send_ms: float
+    control_s: float
     device: str
     dtype: str
     threads: int | None
@@ -84,9 +89,10 @@ def run(question: Question, *, costs: Path | None, save_costs: Path | None, json
     check_held(found, demand, question.streams)
     source = f"costs of {costs}" if costs is not None else f"measured here, {question.device}, {dtype}"
     source = f"{source}, launches of up to {known_rows(known, sizes.geometry)}"
-    _print(question, demand, found, source, sizes.scheduler.trained_steps)
+    choices = _choices(sizes, visibilities, demand, found[0], question)
+    _print(question, demand, found, choices, source, sizes.scheduler.trained_steps)
     if json is not None:
-        write_report(json, _values(question, dtype, demand, needs, found, known))
+        write_report(json, _values(question, dtype, demand, needs, found, choices, known))
     return 0
 
 
@@ -120,6 +126,22 @@ def _visibilities(sizes: ModelSizes, question: Question) -> dict[str, Visibility
     return found
 
 
+def _choices(
+    sizes: ModelSizes, visibilities: dict[str, Visibility], demand: Demand, best: Offer, question: Question
+) -> dict[int, Choice]:
+    """Viewers in a pipeline of the best schedule's size -> what a new one of them would get: alone, and the last."""
+    chosen = question.force or question.visibility is not None
+    listed = sorted(set(visibilities.values())) if chosen else sizes.scheduler.visibility
+    machine = Machine(devices=best.devices, most_rows=demand.most_rows)
+    pace = Pace(block=demand.block_ms, most_load=demand.load, control=1000 * question.control_s)
+    return {
+        streams: choose_schedule(
+            listed, grid_of(sizes, "clean", ((demand.steps,),) * streams), machine, demand.costs, pace
+        )
+        for streams in sorted({1, max(1, best.viewers // best.pipelines)})
+    }
+
+
 def _measured(question: Question, dtype: str) -> CostModel:
     pipe = StreamPipeline.from_pretrained(question.model, device=question.device, dtype=dtype, threads=question.threads)
     return measure(pipe)
@@ -134,10 +156,15 @@ def _memory_bytes(question: Question) -> float:
     return float(here[0].usable)
 
 
-def _print(question: Question, demand: Demand, found: list[Offer], source: str, trained_steps: Sequence[int]) -> None:
-    from rich import box
+def _print(
+    question: Question,
+    demand: Demand,
+    found: list[Offer],
+    choices: dict[int, Choice],
+    source: str,
+    trained_steps: Sequence[int],
+) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_COLUMNS)
@@ -149,6 +176,33 @@ def _print(question: Question, demand: Demand, found: list[Offer], source: str, 
         f"steps, by {best.schedule} on {where}; limit: {best.limit}",
         soft_wrap=True,
     )
+    console.print(_table(found, demand))
+    of_many = "" if best.pipelines == 1 else f" of each of the {best.pipelines} pipelines"
+    taken = [
+        f"{streams} viewer{'' if streams == 1 else 's'} {choice.schedule} under {choice.visibility} (a prompt shows "
+        f"after {choice.control / 1000:.3g} s)"
+        for streams, choice in choices.items()
+    ]
+    console.print(f"by load a new viewer{of_many} would get: with {'; with '.join(taken)}", soft_wrap=True)
+    curve = ", ".join(f"{count}: {demand.costs.rows(count):.4g}" for count in (1, 2, 4, 8))
+    if demand.steps not in trained_steps:
+        counts = ", ".join(str(count) for count in trained_steps)
+        console.print(f"note: the model was trained for {counts} steps, not {demand.steps}")
+    for line in (
+        f"costs at P90, ms: a pass over so many streams {curve}; decoding {demand.costs.decode:.4g} ({source})",
+        f"of the {demand.block_ms:.4g} ms that a block is on the screen {demand.load:.0%} may be planned",
+        f"memory of each device {demand.memory_bytes / 1e9:.4g} GB: the model {best.fixed_bytes / 1e9:.4g} GB, a "
+        f"viewer {best.viewer_bytes / 1e6:.4g} MB; its frames that wait to be seen come on top",
+        "block ms: the least time between blocks of a viewer who is alone. control s: from a new prompt to the first "
+        "block that shows it, at the pace of the screen",
+    ):
+        console.print(line, soft_wrap=True)
+
+
+def _table(found: list[Offer], demand: Demand) -> Table:
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE)
     columns = (
         "schedule",
@@ -177,20 +231,7 @@ def _print(question: Question, demand: Demand, found: list[Offer], source: str, 
             f"{low:.3g} to {high:.3g}",
             offer.limit_kind,
         )
-    console.print(table)
-    curve = ", ".join(f"{count}: {demand.costs.rows(count):.4g}" for count in (1, 2, 4, 8))
-    if demand.steps not in trained_steps:
-        counts = ", ".join(str(count) for count in trained_steps)
-        console.print(f"note: the model was trained for {counts} steps, not {demand.steps}")
-    for line in (
-        f"costs at P90, ms: a pass over so many streams {curve}; decoding {demand.costs.decode:.4g} ({source})",
-        f"of the {demand.block_ms:.4g} ms that a block is on the screen {demand.load:.0%} may be planned",
-        f"memory of each device {demand.memory_bytes / 1e9:.4g} GB: the model {best.fixed_bytes / 1e9:.4g} GB, a "
-        f"viewer {best.viewer_bytes / 1e6:.4g} MB; its frames that wait to be seen come on top",
-        "block ms: the least time between blocks of a viewer who is alone. control s: from a new prompt to the first "
-        "block that shows it, at the pace of the screen",
-    ):
-        console.print(line, soft_wrap=True)
+    return table
 
 
 def _control_s(offer: Offer, demand: Demand) -> tuple[float, float]:
@@ -200,7 +241,13 @@ def _control_s(offer: Offer, demand: Demand) -> tuple[float, float]:
 
 
 def _values(
-    question: Question, dtype: str, demand: Demand, needs: Bytes, found: list[Offer], known: CostModel
+    question: Question,
+    dtype: str,
+    demand: Demand,
+    needs: Bytes,
+    found: list[Offer],
+    choices: dict[int, Choice],
+    known: CostModel,
 ) -> dict[str, Any]:
     return {
         "command": "plan",
@@ -235,6 +282,17 @@ def _values(
                 "viewer_bytes": offer.viewer_bytes,
             }
             for offer in found
+        ],
+        "choices": [
+            {
+                "viewers": streams,
+                "schedule": choice.schedule,
+                "visibility": choice.visibility,
+                "holds": choice.holds,
+                "control_s": choice.control / 1000,
+                "busy_ms": choice.busy,
+            }
+            for streams, choice in choices.items()
         ],
         "bytes": asdict(needs),
         "costs": known.values(),

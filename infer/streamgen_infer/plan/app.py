@@ -43,6 +43,9 @@ def plan(
         Path | None, typer.Option(help="Measured costs; without it they are measured here.", metavar="FILE")
     ] = None,
     send_ms: Annotated[float, typer.Option(help="Time from one device to another.", metavar="N")] = 0,
+    control: Annotated[
+        float, typer.Option(help="Seconds that a viewer accepts from a prompt to its block; 0: few.", metavar="S")
+    ] = 0,
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
     memory: Annotated[
         float | None, typer.Option(help="GB (10^9 bytes) of each device; what is free here by default.", metavar="GB")
@@ -76,6 +79,7 @@ def plan(
         ("--fps", fps, 1, 240),
         ("--memory", memory, 1e-6, 1e6),
         ("--send-ms", send_ms, 0, 1e6),
+        ("--control", control, 0, 1e6),
         ("--decode-cost", decode_cost, 0, 1e6),
         ("--threads", threads, 1, 1024),
     ]
@@ -125,6 +129,7 @@ def plan(
             force=force,
             memory_gb=memory,
             send_ms=send_ms,
+            control_s=control,
             device=device,
             dtype=dtype,
             threads=threads,

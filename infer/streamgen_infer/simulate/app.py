@@ -42,6 +42,9 @@ def simulate(
     ] = None,
     deaths: Annotated[float | None, typer.Option(help="Deaths (10 s) per device and hour.", metavar="N")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same run; 0 by default.", metavar="N")] = None,
+    processes: Annotated[
+        int, typer.Option(help="Runs side by side, each with its own seed, counted together.", metavar="N")
+    ] = 1,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures to this PNG.", metavar="FILE")] = None,
     overwrite: Overwrite = False,
@@ -66,5 +69,6 @@ def simulate(
         slowdowns=slowdowns,
         deaths=deaths,
         seed=seed,
+        processes=processes,
     )
     return simulate_command.run(given, json=json, plot=plot, overwrite=overwrite)

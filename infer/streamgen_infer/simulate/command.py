@@ -17,10 +17,11 @@ from streamgen.errors import UserError
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.errors import Failure
 from streamgen_infer.report import check_report, write_report
+from streamgen_infer.simulate.parallel import simulate_parts
 from streamgen_infer.simulate.report import Tally
 from streamgen_infer.simulate.scenario import Scenario, Viewers, check, lines, load_scenario, plain
-from streamgen_infer.simulator import simulate
 
+MOST_PROCESSES = 1024
 LINE = re.compile(r"\s*([0-9.]+)\s*\+\s*([0-9.]+)\s*")
 
 
@@ -44,10 +45,13 @@ class Given:
     slowdowns: float | None = None
     deaths: float | None = None
     seed: int | None = None
+    processes: int = 1
 
 
 def run(given: Given, *, json: Path | None, plot: Path | None, overwrite: bool) -> int:
     """The command; returns the exit code."""
+    if not 1 <= given.processes <= MOST_PROCESSES:
+        raise UserError(f"--processes is {given.processes}; it must be 1 to {MOST_PROCESSES}")
     scenario = scenario_of(given)
     costs = costs_of(given, scenario)
     if given.scenario is None and given.costs is not None:
@@ -61,7 +65,7 @@ def run(given: Given, *, json: Path | None, plot: Path | None, overwrite: bool) 
     if plot is not None and (plot.suffix != ".png" or (plot.exists() and not overwrite)):
         raise UserError(f"--plot {plot}: give a new file that ends in .png, or add --overwrite")
     started_s = time.perf_counter()
-    tally = simulate(scenario, costs)
+    tally = simulate_parts(scenario, costs, given.processes)
     values = tally.values()
     took_s = time.perf_counter() - started_s
     print(summary(values))
@@ -70,8 +74,9 @@ def run(given: Given, *, json: Path | None, plot: Path | None, overwrite: bool) 
         f"simulated {minutes:.0f} stream-minutes in {took_s:.1f} s ({minutes / took_s:.0f} a second)", file=sys.stderr
     )
     if json is not None:
-        head = {"command": "plan simulate", "version": __version__, "seed": scenario.seed}
-        write_report(json, {**head, "scenario": plain(scenario), "costs": costs.values(), **values})
+        head = {"command": "plan simulate", "version": __version__}
+        played = {"seed": scenario.seed, "processes": given.processes}
+        write_report(json, {**head, **played, "scenario": plain(scenario), "costs": costs.values(), **values})
     if plot is not None:
         _write(plot, picture(tally))
     return 0

@@ -8,7 +8,7 @@ its time, after the first frame, in which the picture did not stand still for a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ class Histogram:
     def add(self, seconds: float) -> None:
         """One more; below 0 counts as 0, above 60 s as 60."""
         self.counts[min(max(int(seconds / BIN_S + 0.5), 0), BINS)] += 1
+
+    def merge(self, other: Histogram) -> None:
+        """Count the other's times here, too."""
+        self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
 
     def values(self) -> dict[str, float] | None:
         """P50, P95, P99 and the greatest, in seconds; None if there is nothing."""
@@ -154,6 +158,23 @@ class Tally:
             "utilisation": busy,
             "most_bytes": self.most_bytes,
         }
+
+
+def merged(tallies: Sequence[Tally]) -> Tally:
+    """Runs of the same length counted as one, on all their devices. ValueError if the lengths differ, or for none."""
+    if len({tally.seconds for tally in tallies}) != 1:
+        raise ValueError(f"runs of {[tally.seconds for tally in tallies]} seconds: must be one or more of one length")
+    found = Tally(devices=0, seconds=tallies[0].seconds)
+    for tally in tallies:
+        for one in fields(Tally):
+            ours, theirs = getattr(found, one.name), getattr(tally, one.name)
+            if isinstance(theirs, Histogram):
+                ours.merge(theirs)
+            elif isinstance(theirs, dict):
+                ours.update({key: ours.get(key, 0) + count for key, count in theirs.items()})
+            elif one.name != "seconds":
+                setattr(found, one.name, ours + theirs)
+    return found
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -35,6 +35,8 @@ class SimulatedStream:
     prompt: bool = False
     """The next block begins with a re-cache."""
     served_s: float = 0.0
+    passed_over: int = 0
+    """Launches without it since it has waited for the longest time allowed."""
     gone: bool = False
     late: int = 0
     shown_s: float | None = None
@@ -78,6 +80,8 @@ class Device:
     streams: dict[str, SimulatedStream] = field(default_factory=dict)
     views: list[StreamView] = field(default_factory=list)
     order: list[SimulatedStream] = field(default_factory=list)
+    most_streams: int = 0
+    """That it has held at once."""
     noises: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, stream: SimulatedStream) -> None:
@@ -86,6 +90,7 @@ class Device:
         self.streams[stream.id] = stream
         self.order.append(stream)
         self.views.append(stream.view())
+        self.most_streams = max(self.most_streams, len(self.order))
 
     def remove(self, stream: SimulatedStream) -> None:
         """Let go of a stream; the last one takes its place in the list."""
