@@ -108,8 +108,8 @@ class Backend(NamedTuple):
 BACKENDS = {
     "auto": Backend(
         _auto,
-        "torch's fused kernel, but plain products on a CPU: in bf16 where the scores are few (3x faster), in fp32 head by "
-        "head through oneDNN where MKL is slow (1.6x)",
+        "torch's fused kernel, but plain products on a CPU: in bf16 where the scores are few (3x faster), in fp32 head "
+        "by head through oneDNN where MKL is slow (1.6x)",
     ),
     "sdpa": Backend(
         _sdpa,
