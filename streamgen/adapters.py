@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streamgen.checkpoints.lora import Lora, added, changes, open_lora
 from streamgen.errors import UserError
+from streamgen.quantised_linear import QuantisedLinear
 from streamgen.transformer import CausalWanModel
 from streamgen.weights import fingerprint_files, nearest
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_STRENGTH = 100.0
 TRANSITIONS = ("cut", "recache", "scene")
+"""The later ones change more of what a stream holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Adapters:
 
     def load(self, path: Path, name: str | None = None, *, trust_pickle: bool = False) -> str:
         """Read a LoRA file and check that it fits -> its name (by default the file's). Changes no weight yet."""
+        if any(isinstance(module, QuantisedLinear) for module in self.model.modules()):
+            raise UserError(f"{path}: adapters are merged into whole weights; load the model without weights_dtype")
         name = path.stem if name is None else name
         parameters = dict(self.model.named_parameters())
         shapes = {key: tuple(tensor.shape) for key, tensor in parameters.items()}
@@ -134,27 +138,50 @@ class AdapterPlan:
         self._pipe.adapters.check(strengths)
         self._changes = {**self._changes, block: (dict(strengths), transition)}
 
+    def at(self, block: int) -> dict[str, float]:
+        """Name -> strength of a block's adapters."""
+        began = self._began(block)
+        return dict(self._pipe.loras if began is None else self._changes[began][0])
+
     def enter(self, block: int) -> str | None:
         """Give the model the weights of a block -> the transition, where they change with it."""
-        changes = self._changes
-        began = max((start for start in changes if start <= block), default=None)
-        strengths, transition = (self._pipe.loras, None) if began is None else changes[began]
         if self._pipe.adapters.names:
-            self._pipe.adapters.use(strengths)
-        return transition if began == block else None
+            self._pipe.adapters.use(self.at(block))
+        began = self._began(block)
+        return self._changes[block][1] if began == block else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values, with the identity of each file; the pipeline's adapters count as the stream's. Empty if none."""
-        pipe = self._pipe
-        changes = self._changes or ({0: (pipe.loras, None)} if pipe.loras else {})
+    def _began(self, block: int) -> int | None:
+        """The block from which on the change holds that holds at `block`."""
+        return max((start for start in self._changes if start <= block), default=None)
+
+    def state_dict(self, block: int) -> dict[str, Any]:
+        """JSON values of what holds from `block` on, with the identity of each file; the pipeline's adapters count as
+        the stream's. Empty if none.
+        """
+        pipe, began = self._pipe, self._began(block)
+        changes = {start: change for start, change in self._changes.items() if began is None or start >= began}
+        if began is None:
+            changes = {0: (dict(pipe.loras), None), **changes}
+        if changes == {0: ({}, None)}:
+            return {}
         used = sorted({name for strengths, _ in changes.values() for name in strengths})
         files = {name: pipe.adapters.digest(name) for name in used}
-        return {"files": files, "changes": [[block, *change] for block, change in changes.items()]} if changes else {}
+        return {"files": files, "changes": [[start, *change] for start, change in changes.items()]}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """UserError where the pipeline has not the files."""
+        """UserError where the pipeline has not the files. A stream without adapters goes on without."""
         for name, digest in saved.get("files", {}).items():
             if self._pipe.adapters.digest(name) != digest:
-                raise UserError(f"the stream was made with the adapter {name!r}; load that file first, by that name")
-        changes = saved.get("changes", [])
+                raise UserError(
+                    f"the stream was made with the adapter {name!r}; load that file first, by that name "
+                    "(load_lora, or --lora FILE=STRENGTH)"
+                )
+        changes = saved.get("changes", [[0, {}, None]])
         self._changes = {block: (dict(strengths), transition) for block, strengths, transition in changes}
+        if list(self._changes) == [0] and list(self._changes[0][0].items()) == list(self._pipe.loras.items()):
+            self._changes = {}  # as the pipeline: it may share launches with others
+
+
+def stronger(one: str | None, other: str | None) -> str | None:
+    """Of two transitions to one block the one that changes more; a prompt's "blend" changes as little as "cut"."""
+    return max(one, other, key=lambda name: TRANSITIONS.index(name) if name in TRANSITIONS else -1)

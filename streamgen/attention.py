@@ -97,6 +97,19 @@ def _triton(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor
     return _triton_kernel()(q_BNTK, k_BNSK, v_BNSK)
 
 
+def _cudnn(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(order, set_priority=True):
+        return _sdpa(q_BNTK, k_BNSK, v_BNSK, mask)
+
+
 class Backend(NamedTuple):
     """One way to compute softmax(q k^T / sqrt(K)) v."""
 
@@ -114,6 +127,10 @@ BACKENDS = {
     "sdpa": Backend(
         _sdpa,
         "torch's fused kernel: any device and mask; on a CPU its backward is the slowest part of a step",
+    ),
+    "cudnn": Backend(
+        _cudnn,
+        "torch's fused kernels, cuDNN's before the others: it is made for Hopper; `sdpa` where cuDNN has none",
     ),
     "math": Backend(
         _math,

@@ -25,20 +25,29 @@ def generate(
     *,
     steps: int | None = None,
     first_steps: int | None = None,
-    cache: str = "relative",
+    cache: str | None = None,
+    cache_dtype: str | None = None,
     switches: Mapping[int, Sequence[str]] | None = None,
     transition: str = "recache",
     on_block: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Videos of `prompts` -> uint8 [B, T, H, W, 3]; with `on_block`, each block [B, n, H, W, 3] goes there instead.
 
+    cache, cache_dtype: as of `StreamPipeline.stream`.
     switches: block -> new prompts of all rows, taken over with `transition` ('cut', 'recache' or 'scene').
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed for each of at least one prompt")
-    state = StreamState(geometry=pipe.geometry, cache=pipe.new_cache(cache, len(prompts)), seeds=tuple(seeds))
+    state = StreamState(
+        geometry=pipe.geometry,
+        cache=pipe.new_cache(pipe.scheduler.positions if cache is None else cache, len(prompts), stored_as=cache_dtype),
+        seeds=tuple(seeds),
+        ops=pipe.transformer.ops,
+    )
     plan = pipe.sampling(pipe.scheduler.trained_steps[0] if steps is None else steps)
     first_plan = plan if first_steps is None else pipe.sampling(first_steps)
+    if pipe.adapters.names:
+        pipe.use_loras(pipe.loras)  # a stream may have had others
     made: list[Tensor] = []
     text = encode_prompts(pipe, prompts)
     for block in range(blocks):

@@ -6,15 +6,18 @@ Letters: B batch, F frames, S tokens of a frame, T = F S tokens, N heads, D widt
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamgen import noise
+from streamgen.cache.slots import Turn
+from streamgen.cached_attention import AttendCached, CacheKernels, Projected, by_parts, fused
 from streamgen.errors import UserError
 from streamgen.rope import apply_rope
 
@@ -37,6 +40,22 @@ def gate_residual(x_BFSD: Tensor, y_BFSD: Tensor, gate_BF1D: Tensor) -> Tensor:
     return torch.addcmul(x_BFSD, y_BFSD, gate_BF1D)
 
 
+def residual_norm(
+    x_BFSD: Tensor, y_BFSD: Tensor, gate_BF1D: Tensor, norm: nn.LayerNorm | nn.Identity
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate y -> (x', norm(x'))."""
+    x_BFSD = gate_residual(x_BFSD, y_BFSD, gate_BF1D)
+    return x_BFSD, norm(x_BFSD)
+
+
+def residual_modulate(
+    x_BFSD: Tensor, y_BFSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x' = x + y -> (x', `layer_norm_modulate` of x')."""
+    x_BFSD = x_BFSD + y_BFSD
+    return x_BFSD, layer_norm_modulate(x_BFSD, shift_BF1D, scale_BF1D, eps)
+
+
 def rms_norm(x_BTD: Tensor, weight_D: Tensor | None, eps: float, num_heads: int) -> Tensor:
     """RMSNorm over the whole width, all heads jointly (none if the weight is None), then heads: [B, N, T, K]."""
     if weight_D is not None:
@@ -51,6 +70,19 @@ def rms_norm_rope(
     return apply_rope(rms_norm(x_BTD, weight_D, eps, num_heads), cos_TK, sin_TK)
 
 
+def turn_keys(k_BNSK: Tensor, cos_SK: Tensor, sin_SK: Tensor, out_BNSK: Tensor) -> None:
+    """Rotates stored keys into `out_BNSK`."""
+    out_BNSK.copy_(apply_rope(k_BNSK, cos_SK, sin_SK))
+
+
+_attend_by_parts = by_parts(rms_norm, rms_norm_rope)
+
+
+def attend_cached(cache: Any, layer: int, projected: Projected, mask: Tensor | None, backend: str) -> Tensor:
+    """A streamed block's self-attention over its cache, [B, N, T, K] (`streamgen.cached_attention`)."""
+    return _attend_by_parts(cache, layer, projected, mask, backend)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU, tanh form: x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 
@@ -61,20 +93,39 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def cell_noise(seeds: Sequence[int], block: int, step: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of one cell of each stream, float32 [B, *shape] (`streamgen.noise.cell_noise`)."""
+    return torch.stack([noise.cell_noise(seed, block, step, shape, device=device) for seed in seeds])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
     """One function per operation; equal signatures in every backend."""
 
     layer_norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor] = layer_norm_modulate
     gate_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = gate_residual
+    residual_norm: Callable[[Tensor, Tensor, Tensor, nn.LayerNorm | nn.Identity], tuple[Tensor, Tensor]] = residual_norm
+    residual_modulate: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = residual_modulate
     rms_norm: Callable[[Tensor, Tensor | None, float, int], Tensor] = rms_norm
     rms_norm_rope: Callable[[Tensor, Tensor | None, float, int, Tensor, Tensor], Tensor] = rms_norm_rope
-
+    attend_cached: AttendCached = attend_cached
+    turn_keys: Turn = turn_keys
     gelu_tanh: Callable[[Tensor], Tensor] = gelu_tanh
+    cell_noise: Callable[[Sequence[int], int, int, tuple[int, ...], torch.device], Tensor] = cell_noise
 
     def active(self) -> dict[str, str]:
         """What runs: {operation: module that implements it}."""
         return {field.name: getattr(self, field.name).__module__ for field in fields(self)}
+
+    @property
+    def backend(self) -> str:
+        """The name of BACKENDS that this is, roughly: "reference" where everything is plain torch."""
+        return "reference" if set(self.active().values()) == {__name__} else "triton"
+
+    @property
+    def places_keys(self) -> bool:
+        """Does `attend_cached` write the ring by slots that it reads on the device? (`streamgen.capture`)"""
+        return self.attend_cached is not attend_cached
 
 
 def kernels_problem() -> str:
@@ -93,17 +144,27 @@ def _check_kernels(what: str, instead: str) -> None:
 
 def _triton() -> Ops:
     _check_kernels("the ops backend 'triton'", "'reference'")
-    from streamgen_kernels.gate_residual import gate_residual
+    from streamgen_kernels.attention import ring_attention
+    from streamgen_kernels.gate_residual import gate_residual, residual_modulate, residual_norm
     from streamgen_kernels.gelu import gelu_tanh
+    from streamgen_kernels.noise import noise_of_streams
     from streamgen_kernels.norm_modulate import norm_modulate
     from streamgen_kernels.norm_rope import norm_rope
+    from streamgen_kernels.norm_rope_store import norm_rope_store
+    from streamgen_kernels.ring_rope import ring_rope
 
+    kernels = CacheKernels(norm_rope=norm_rope, store=norm_rope_store, ring_attention=ring_attention, turn=ring_rope)
     return Ops(
         layer_norm_modulate=norm_modulate,
         gate_residual=gate_residual,
+        residual_norm=residual_norm,
+        residual_modulate=residual_modulate,
         rms_norm=norm_rope,
         rms_norm_rope=norm_rope,
+        attend_cached=fused(kernels),
+        turn_keys=ring_rope,
         gelu_tanh=gelu_tanh,
+        cell_noise=noise_of_streams,
     )
 
 
@@ -113,6 +174,15 @@ def kernel_attention() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from streamgen_kernels.attention import attend
 
     return attend
+
+
+def kernel_linear() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """(rows -> codes and scales, product of rows by a weight of codes): `streamgen_kernels.quantise` and `.linear`."""
+    _check_kernels("products of float8", "the weights' own dtype")
+    from streamgen_kernels.linear import linear
+    from streamgen_kernels.quantise import quantise_rows
+
+    return quantise_rows, linear
 
 
 def kernel_cases(device: torch.device, dtype: torch.dtype, *, large: bool = False) -> "Iterator[Case]":

@@ -20,6 +20,7 @@ from torch import Tensor
 from streamgen.adapters import Adapters
 from streamgen.cache import CacheSpec, KVCache, QuantisedKVCache
 from streamgen.cache import policy as cache_policy
+from streamgen.capture import Captures
 from streamgen.card import SchedulerConfig
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
@@ -29,17 +30,22 @@ from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
 from streamgen.images import image_geometry, image_latents
+from streamgen.kernel_choice import ops_for
+from streamgen.ops import Ops
+from streamgen.quantised_linear import WEIGHTS_DTYPES, quantise_weights
 from streamgen.resources import model_path
-from streamgen.rollout import Sampling, StreamState
+from streamgen.rollout import MULTISTEP, Sampling, StreamState
 from streamgen.stream import STATE_MARK, Block, Stream
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
+from streamgen.unipc import unipc_sigmas
 from streamgen.weights import (
     Unfilled,
     build_config,
     fingerprint,
+    fingerprint_files,
     load_component,
     load_tree,
     load_weights,
@@ -81,11 +87,15 @@ class StreamPipeline:
         geometry: VideoGeometry,
         scheduler: SchedulerConfig,
         folder: Path | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         self.transformer, self.codec, self.text = transformer.eval(), codec.eval(), text.eval()
         self.geometry, self.scheduler, self.folder = geometry, scheduler, folder
+        self._files = files  # of a checkpoint that is no model folder: others may lie beside it
         self.loras: dict[str, float] = {}
         """Adapters of streams that choose none of their own: name -> strength."""
+        self.weights_dtype: str | None = None
+        """A name of `quantised_linear.WEIGHTS_DTYPES`, or None: all of them in `dtype`."""
         self.dtype = transformer.patch_embedding.weight.dtype
         self.device = transformer.patch_embedding.weight.device
         self._check()
@@ -98,24 +108,33 @@ class StreamPipeline:
         device: str = "cpu",
         dtype: str = "auto",
         threads: int | None = None,
+        ops: str = "auto",
+        weights_dtype: str | None = None,
     ) -> StreamPipeline:
         """Load a shipped model by name, a model folder, or a Wan checkpoint, file or folder, as it is.
 
-        dtype "auto" takes what runs faster here (`probe_dtype`)."""
+        dtype "auto" takes what runs faster here (`probe_dtype`). ops: reference or triton; "auto" takes the kernels on
+        a GPU, once they have proven right there (`streamgen.kernel_choice`). weights_dtype: int8 keeps the weights of
+        the transformer's layers in one byte (`streamgen.quantised_linear`).
+        """
         if threads is not None:
             if not 1 <= threads <= 1024:
                 raise UserError(f"threads is {threads}; it must be 1 to 1024")
             torch.set_num_threads(threads)
         where = _device(device)
+        table = ops_for(ops, where)
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"unknown dtype {dtype!r}; there are: auto, {', '.join(DTYPES)}")
+        if weights_dtype not in (None, *WEIGHTS_DTYPES):
+            raise UserError(f"unknown weights_dtype {weights_dtype!r}; there are: {', '.join(WEIGHTS_DTYPES)}")
         cast = DTYPES[probe_dtype(where.type) if dtype == "auto" else dtype]
         from streamgen.checkpoints.loading import foreign_parts, pipeline_parts  # it knows this module
 
         foreign = foreign_parts(name_or_path)
         if foreign is not None:
             with user_errors(str(name_or_path)):
-                return cls(**pipeline_parts(foreign, where, cast), folder=foreign.folder)
+                pipe = cls(**pipeline_parts(foreign, where, cast), folder=foreign.folder)
+                return pipe._ready(table, weights_dtype)
         folder = model_path(name_or_path)
         index = read_json(folder / "model_index.json")
         geometry = build_config(VideoGeometry, index.get("geometry", {}), f"{folder} geometry")
@@ -126,10 +145,23 @@ class StreamPipeline:
             for name, known in PARTS.items()
         }
         with user_errors(str(folder)):
-            return cls(**parts, geometry=geometry, scheduler=scheduler, folder=folder)
+            pipe = cls(**parts, geometry=geometry, scheduler=scheduler, folder=folder)
+        return pipe._ready(table, weights_dtype)
+
+    def _ready(self, table: Ops, weights_dtype: str | None) -> StreamPipeline:
+        """Itself, with these operations (on a GPU recorded: `streamgen.capture`), its weights as they will be kept."""
+        self.transformer.ops = table
+        if table.places_keys and self.device.type == "cuda":
+            self.transformer.captures = Captures()
+        if weights_dtype is not None:
+            quantise_weights(self.transformer, weights_dtype)
+            self.weights_dtype = weights_dtype
+        return self
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model folder (all but README.md, the card)."""
+        if self.weights_dtype is not None:
+            raise UserError(f"the weights are kept as {self.weights_dtype}; load the model without it to save it")
         index: dict[str, Any] = {"_class_name": "StreamPipeline"}
         for name in PARTS:
             part = getattr(self, name)
@@ -142,6 +174,8 @@ class StreamPipeline:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the model; a stream's saved state carries it."""
+        if self._files is not None:
+            return fingerprint_files(self._files)
         if self.folder is None:
             raise UserError("this pipeline was built in memory; save_pretrained() and load it to save streams")
         return fingerprint(self.folder)
@@ -162,7 +196,10 @@ class StreamPipeline:
         return name
 
     def use_loras(self, strengths: Mapping[str, float]) -> None:
-        """Merge these loaded adapters (name -> strength), no others; {} gives the loaded weights back, to the bit."""
+        """Merge these loaded adapters (name -> strength), no others; {} gives the loaded weights back, to the bit.
+
+        Streams without adapters of their own go on with them as after a cut: what their caches hold stays.
+        """
         self.adapters.use(strengths)
         self.loras = dict(self.adapters.active)
 
@@ -200,6 +237,7 @@ class StreamPipeline:
             cache=kv_cache,
             seeds=(seed,),
             timeline=PromptTimeline(prompt),
+            ops=self.transformer.ops,
         )
         if image is not None:
             if visibility != "clean":
@@ -236,8 +274,9 @@ class StreamPipeline:
         """How the model's card says to sample in so many steps."""
         s = self.scheduler
         listed = next((row for row in s.timesteps if len(row) == steps), None)
+        levels = unipc_sigmas if s.sampler in MULTISTEP else step_sigmas
         return Sampling(
-            sigmas=step_sigmas(steps, s.shift) if listed is None else tuple(t / 1000 for t in listed),
+            sigmas=levels(steps, s.shift) if listed is None else tuple(t / 1000 for t in listed),
             prediction=s.prediction,
             sampler=s.sampler,
             context_noise=s.context_noise,

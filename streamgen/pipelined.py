@@ -66,6 +66,7 @@ class PipelinedStream(Stream):
         if self._cancelled.is_set() or (self.max_blocks is not None and self.finished >= self.max_blocks):
             raise StopIteration
         clock = Clock(self.pipe.device)
+        self._adapters.enter(self.state.position)  # another stream may have had others
         passes_ms: list[float] = []
         while self._made is None:
             self._made = self._launch()
@@ -119,7 +120,8 @@ class DiagonalStream(PipelinedStream):
         policy, stored_as = state.cache.spec.policy, state.cache.stored_as
         caches = {step: pipe.new_cache(policy, stored_as=stored_as) for step in range(1, steps)}
         others = {
-            step: StreamState(geometry=pipe.geometry, cache=cache, seeds=state.seeds) for step, cache in caches.items()
+            step: StreamState(geometry=pipe.geometry, cache=cache, seeds=state.seeds, ops=state.ops)
+            for step, cache in caches.items()
         }
         self.levels = LevelCaches({0: state, **others})
         self._sampled = pipe.sampling(steps)

@@ -22,7 +22,7 @@ from streamgen.cache import BlockCache, KVCache, RowsCache
 from streamgen.codec import CodecState
 from streamgen.flow import Prediction, add_noise, euler_step, guided, renoise, timestep_of, to_flow, to_x0
 from streamgen.geometry import VideoGeometry
-from streamgen.noise import cell_noise
+from streamgen.ops import Ops, select
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import CausalWanModel, TextContext
 from streamgen.unipc import Visited, unipc_step
@@ -68,6 +68,8 @@ class StreamState:
     """Latent frame -> [B, C, H, W] as committed, for the frames that the cache holds: what a recache re-encodes."""
     noise_source: Callable[[int, int], Tensor] | None = None
     """(block, step) -> noise [B, F, C, H, W] from elsewhere (a recording), in place of the seeds'."""
+    ops: Ops = field(default_factory=select)
+    """Makes the noise; that of the model, where it is known."""
     given: Tensor | None = None
     """Clean latents [B, f, C, H, W] that block 0 begins with (an image); a block that they fill is committed as it is.
     """
@@ -78,8 +80,7 @@ class StreamState:
         if self.noise_source is not None:
             return self.noise_source(block, step)
         shape = (g.block_size(block), g.latent_channels, g.latent_height, g.latent_width)
-        device = self.cache.k.device
-        return torch.stack([cell_noise(seed, block, step, shape, device=device) for seed in self.seeds])
+        return self.ops.cell_noise(self.seeds, block, step, shape, self.cache.k.device)
 
 
 def _renoise(x_t: Tensor, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor) -> Tensor:

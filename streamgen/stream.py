@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamgen.adapters import AdapterPlan
+from streamgen.adapters import AdapterPlan, stronger
+from streamgen.blocks import Block, BlockTiming, Clock, PromptReceipt, Snapshot
 from streamgen.codec import CodecState
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.pixels import to_uint8
 from streamgen.rollout import BlockRun, Cancelled, Sampling, StreamState, rollout_block
+from streamgen.stream_state import STATE_MARK, read_state, saved_state
 from streamgen.timeline import Cue, PromptTimeline
 from streamgen.transformer import TextContext
 from streamgen.weights import save_tree, user_errors
@@ -27,64 +27,10 @@ from streamgen.weights import save_tree, user_errors
 if TYPE_CHECKING:
     from streamgen.pipeline import StreamPipeline
 
+__all__ = ["MAX_STEPS", "STATE_MARK", "Block", "BlockTiming", "Clock", "PromptReceipt", "Snapshot", "Stream"]
+
 MAX_STEPS = 1000
 MAX_WARNINGS = 64
-MAX_BLOCK = 2**32 - 1
-"""Noise has numbers for so many."""
-STATE_FORMAT = 1
-STATE_MARK = "streamgen-stream"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTiming:
-    """Wall milliseconds of one block."""
-
-    text_ms: float
-    recache_ms: float
-    denoise_ms: list[float]
-    """One entry per step."""
-    decode_ms: float
-    commit_ms: float
-    total_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """One finished block."""
-
-    index: int
-    frames: np.ndarray
-    """uint8 [frames, H, W, 3], RGB."""
-    prompt: str
-    prompt_version: int
-    timing: BlockTiming
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptReceipt:
-    """A prompt was received: its version, and the block (and media time) that will first show it."""
-
-    version: int
-    block: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A stream at a block's edge, to be turned back to: all but its prompts. Holds copies of the cache."""
-
-    position: int
-    cache: dict[str, Any]
-    recent: Mapping[int, Tensor]
-    codec: CodecState | None
-
-    def with_codec(self, codec: CodecState | None) -> Snapshot:
-        """The same with the codec's state of the same block, which may come later."""
-        return replace(self, codec=codec)
-
-    def nbytes(self) -> int:
-        held = [*self.cache.values(), *self.recent.values(), *(self.codec or {}).values()]
-        return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
 class Stream(Iterator[Block]):
@@ -122,42 +68,10 @@ class Stream(Iterator[Block]):
     @classmethod
     def from_state(cls, pipe: StreamPipeline, saved: Mapping[str, Any], max_blocks: int | None) -> Stream:
         """The stream that `state_dict` described; UserError where it does not belong to `pipe`."""
-        if saved.get("format") != STATE_FORMAT:
-            raise UserError(f"the state has format {saved.get('format')!r}; this version reads format {STATE_FORMAT}")
-        if saved["model"] != pipe.fingerprint:
-            raise UserError(
-                f"the state belongs to another model (fingerprint {saved['model'][:12]}, this one is "
-                f"{pipe.fingerprint[:12]}); load the model that made it"
-            )
-        if saved["dtype"] != pipe.dtype_name:
-            raise UserError(
-                f"the state was made with dtype {saved['dtype']}, this model is loaded as {pipe.dtype_name}; "
-                f"load it with dtype {saved['dtype']}"
-            )
-        with user_errors("the saved state"):
-            spec = saved["cache"]["spec"]
-            cache = pipe.new_cache(spec["policy"], stored_as=spec.get("storage"))
-            cache.load_state_dict(saved["cache"])
-        recent = saved.get("recent")
-        timeline = PromptTimeline.from_state(saved["timeline"])
-        for entry in timeline.prompts:
-            pipe.text.tokenize(entry.prompt)  # said now, not at its block
-        first_block = saved["geometry"].get("first_block_frames")
-        with user_errors("the saved state"):
-            geometry = replace(pipe.geometry, first_block_frames=first_block)
-        _check_place(saved, geometry)
-        state = StreamState(
-            geometry=geometry,
-            cache=cache,
-            seeds=tuple(saved["seeds"]),
-            timeline=timeline,
-            codec={name: t.to(pipe.device) for name, t in saved["codec"].items()} if "codec" in saved else None,
-            position=saved["position"],
-            begun=saved["begun"],
-            recent={} if recent is None else dict(zip(cache.frames, recent.to(pipe.device).unbind(1), strict=True)),
-        )
+        state = read_state(pipe, saved)
         stream = cls(pipe, state, saved["steps"], saved["first_steps"], max_blocks)
         stream._adapters.load_state_dict(saved.get("adapters", {}))
+        stream._adapters.enter(state.position)
         stream._load_flights(saved)
         return stream
 
@@ -180,7 +94,7 @@ class Stream(Iterator[Block]):
             raise StopIteration
         cue = self.fix_cue()
         clock = Clock(self.pipe.device)
-        transition = self._adapters.enter(state.position) or cue.transition
+        transition = stronger(self._adapters.enter(state.position), cue.transition)
         text = self._texts.context(self.timeline, cue)
         text_ms = clock.lap()
         laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
@@ -344,8 +258,10 @@ class Stream(Iterator[Block]):
     ) -> int:
         """Other adapters from a block on, by default the next that has not begun -> that block.
 
-        strengths: name -> strength of files that `pipe.load_lora` has loaded; {} for none. transition: "recache"
-        re-encodes the window with the new weights, "cut" leaves it, "scene" forgets it.
+        strengths: name -> strength of files that `pipe.load_lora` has loaded; {} for none. The prompt is encoded anew.
+        transition: what becomes of the keys and values of earlier blocks, which the old weights made. "recache" makes
+        those of the window anew (not the sink's, if the card protects it), "cut" leaves all, "scene" forgets all. Of
+        this and of the transition of a prompt for the same block the one that changes more holds.
         """
         if self.visibility != "clean":
             raise UserError(f"visibility {self.visibility}: blocks that are made together have the same weights")
@@ -353,8 +269,15 @@ class Stream(Iterator[Block]):
             block = self._open_block if at_block is None else at_block
             if block < self._open_block:
                 raise UserError(f"adapters for block {block} come too late: the earliest is {self._open_block}")
+            if self.max_blocks is not None and block >= self.max_blocks:
+                raise UserError(f"adapters for block {block} are past the end: the stream has {self.max_blocks} blocks")
             self._adapters.change(strengths, transition, block)
         return block
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """Adapters of the next block, name -> strength."""
+        return self._adapters.at(self.state.position)
 
     def cancel(self) -> None:
         """End the iteration before its next pass. The state stays at the last whole block, for saving or resuming."""
@@ -370,27 +293,9 @@ class Stream(Iterator[Block]):
             at, begun = self.snapshot(), state.begun
         else:
             begun = False
-        if state.given is not None and at.position == 0:
-            raise UserError("the stream stands before its image; it can be saved after its first block")
-        saved: dict[str, Any] = {
-            "format": STATE_FORMAT,
-            "model": self.pipe.fingerprint,
-            "dtype": self.pipe.dtype_name,
-            "geometry": asdict(self.geometry),
-            "steps": self.steps,
-            "first_steps": self.first_steps,
-            "seeds": list(state.seeds),
-            "position": at.position,
-            "begun": begun,
-            "timeline": self.timeline.state_dict(),
-            "cache": at.cache,
-        }
-        if adapters := self._adapters.state_dict():
+        saved = saved_state(self.pipe, state, at, begun=begun, steps=self.steps, first_steps=self.first_steps)
+        if adapters := self._adapters.state_dict(at.position):
             saved["adapters"] = adapters
-        if at.recent:
-            saved["recent"] = torch.stack(list(at.recent.values()), dim=1)
-        if at.codec is not None:
-            saved["codec"] = {name: t.clone() for name, t in at.codec.items()}
         return saved
 
     def save_state(self, path: str | Path) -> None:
@@ -441,39 +346,6 @@ class _Texts:
             self._context = self._pipe.encode_text(mixed)
             self._mix, self._version = cue.mix, weights
         return self._context
-
-
-class Clock:
-    """Wall time between calls, after the device has finished."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Milliseconds since the last lap."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return 1000 * elapsed
-
-    def total(self) -> float:
-        return 1000 * (self._last - self._start)
-
-
-def _check_place(saved: Mapping[str, Any], geometry: VideoGeometry) -> None:
-    """UserError unless a saved state stands at a block, and its cache too."""
-    position, seeds, held = saved["position"], saved["seeds"], saved["cache"]
-    if not (isinstance(position, int) and 0 <= position <= MAX_BLOCK):
-        raise UserError(f"the state stands at block {position!r}; it must be 0 to {MAX_BLOCK}")
-    if not (seeds and all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in seeds)):
-        raise UserError(f"the state has the seeds {seeds!r}; they must be 0 to 2**64 - 1")
-    if held["end"] != held["origin"] and held["end"] != geometry.block_start(position):
-        raise UserError(
-            f"the state's cache ends at latent frame {held['end']}, but its block {position} begins at "
-            f"{geometry.block_start(position)}"
-        )
 
 
 def _either(counts: tuple[int, ...]) -> str:

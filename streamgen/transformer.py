@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from streamgen.attention import attend
 from streamgen.cache.rows import RowsCache
+from streamgen.cached_attention import Projected
+from streamgen.capture import Captures
 from streamgen.linear import Linear, fuses_gelu, linear, linear_gelu
 from streamgen.ops import Ops, gelu_tanh, select
+from streamgen.quantised_linear import QuantisedLinear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,18 +149,16 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def forward(self, x_BTD: Tensor, layer: int, call: Call) -> Tensor:
         N, eps, ops = self.num_heads, self.eps, call.ops
-        q_BNTK = ops.rms_norm_rope(self.q(x_BTD), weight_of(self.norm_q), eps, N, *call.rope)
-        v_BNSK = self.v(x_BTD).unflatten(-1, (N, -1)).transpose(1, 2)
+        q_weight_D, k_weight_D = weight_of(self.norm_q), weight_of(self.norm_k)
+        qkv = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if call.cache is None:
-            k_BNSK = ops.rms_norm_rope(self.k(x_BTD), weight_of(self.norm_k), eps, N, *call.rope)
+            q_BNTK = ops.rms_norm_rope(qkv[0], q_weight_D, eps, N, *call.rope)
+            k_BNSK = ops.rms_norm_rope(qkv[1], k_weight_D, eps, N, *call.rope)
+            v_BNSK = qkv[2].unflatten(-1, (N, -1)).transpose(1, 2)
             out_BNTK = attend(q_BNTK, k_BNSK, v_BNSK, call.mask_TS, call.attention_backend)
         else:
-            k_BNTK = ops.rms_norm(self.k(x_BTD), weight_of(self.norm_k), eps, N)
-            if isinstance(call.cache, RowsCache):
-                out_BNTK = call.cache.attend(layer, q_BNTK, k_BNTK, v_BNSK, call.attention_backend)
-            else:
-                seen = call.cache.append(layer, k_BNTK, v_BNSK)
-                out_BNTK = attend(q_BNTK, *seen, call.mask_TS, call.attention_backend)
+            projected = Projected(*qkv, q_weight_D, k_weight_D, eps, N, call.rope)
+            out_BNTK = ops.attend_cached(call.cache, layer, projected, call.mask_TS, call.attention_backend)
         return self.o(out_BNTK.transpose(1, 2).flatten(2))
 
 
@@ -207,15 +208,16 @@ class Block(nn.Module):
         )
         y_BTD = ops.layer_norm_modulate(x_BFSD, shift_sa, scale_sa, eps).flatten(1, 2)
         y_BTD = self.self_attn(y_BTD, layer, call)
-        x_BFSD = ops.gate_residual(x_BFSD, y_BTD.view(shape), gate_sa)
-        y_BTD = self.cross_attn(self.norm3(x_BFSD).flatten(1, 2), kv, call)
-        x_BFSD = x_BFSD + y_BTD.view(shape)
-        y_BFSD = self.widen(ops.layer_norm_modulate(x_BFSD, shift_ff, scale_ff, eps), ops)
-        return ops.gate_residual(x_BFSD, self.ffn[2](y_BFSD), gate_ff)
+        x_BFSD, y_BFSD = ops.residual_norm(x_BFSD, y_BTD.view(shape), gate_sa, self.norm3)
+        y_BTD = self.cross_attn(y_BFSD.flatten(1, 2), kv, call)
+        x_BFSD, y_BFSD = ops.residual_modulate(x_BFSD, y_BTD.view(shape), shift_ff, scale_ff, eps)
+        return ops.gate_residual(x_BFSD, self.ffn[2](self.widen(y_BFSD, ops)), gate_ff)
 
     def widen(self, y_BFSD: Tensor, ops: Ops) -> Tensor:
-        """The feed-forward's first half, in one operation where oneDNN and no other backend of `ops` does it."""
+        """The feed-forward's first half, in one operation where no other backend of `ops` does it."""
         first = self.ffn[0]
+        if ops.gelu_tanh is gelu_tanh and isinstance(first, QuantisedLinear):
+            return first.gelu(y_BFSD)
         if ops.gelu_tanh is gelu_tanh and fuses_gelu(y_BFSD, first):
             return linear_gelu(y_BFSD, cast("Linear", first))
         return ops.gelu_tanh(first(y_BFSD))
@@ -243,6 +245,8 @@ class CausalWanModel(nn.Module):
         self.config = config
         self.ops = select() if ops is None else ops
         self.attention_backend = attention_backend
+        self.captures: Captures | None = None
+        """Recorded passes (`streamgen.capture`), for CUDA."""
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
@@ -302,6 +306,10 @@ class CausalWanModel(nn.Module):
         text: its G groups divide the frames evenly and in order; with `text_repeats` = R the frames are R such
         sequences one after the other (teacher forcing: 2).
         """
+        if self.captures is not None and rope is None and mask is None and text_repeats == 1:
+            out = self.captures.run(self, latents_BFCHW, timestep_BF, text, cache)
+            if out is not None:
+                return out
         if rope is None:
             if cache is None:
                 raise ValueError("rope=None: without a cache the caller gives it (streamgen.rope.rope_table)")

@@ -10,7 +10,7 @@ from streamgen_train.logs import read_jsonl
 from streamgen_train.objective import Turn
 
 GOLDEN = Path(__file__).parent / "golden"
-TIMES = ("step_s", "clips_per_s", "steps_per_s", "elapsed_s")
+TIMES = ("step_s", "clips_per_s", "steps_per_s", "elapsed_s", "tokens_per_s", "tflop_per_s", "mfu")
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -3,6 +3,7 @@
 import { Chart } from "./chart.js";
 import { buildChips, showChips } from "./chips.js";
 import { showClock, showFigures } from "./figures.js";
+import { decodesH264 } from "./h264.js";
 import { Recording, save } from "./record.js";
 import { fromFragment, toFragment } from "./share.js";
 import { Stream } from "./stream.js";
@@ -102,6 +103,7 @@ function begin(prompts) {
   trouble("");
   stream.settings.seed = seedWanted();
   stream.settings.fps = Number($("#fps").value);
+  stream.settings.format = $("#video").value;
   stream.settings.token = sessionStorage.getItem(TOKEN) ?? "";
   stream.start(first);
   timeline.show(stream);
@@ -388,4 +390,5 @@ write(sentence({}));
 addStream();
 wire();
 showSliders();
+decodesH264().then((able) => ($("#video-row").hidden = !able));
 openLink();

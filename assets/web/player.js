@@ -2,9 +2,11 @@
 //
 // Media time is frame number / fps. While the player runs, the clock runs with the wall; where the next frame is not
 // there yet the clock stands ("waiting") and goes on from the same frame: late video is never skipped. Frames that
-// were shown stay, compressed, for HISTORY_S, so that one can step back without asking the server.
+// were shown stay, compressed, for HISTORY_S, so that one can step back without asking the server. Frames of H.264 cannot
+// be decoded one by one: they come decoded (`image`), and stay as long as HISTORY_BYTES hold them.
 
 const HISTORY_S = 120;
+const HISTORY_BYTES = 256e6;
 const DECODE_AHEAD = 24; // pictures held decoded before their time
 
 export class Player extends EventTarget {
@@ -21,6 +23,7 @@ export class Player extends EventTarget {
   /** Forget everything; the canvas keeps its last picture. */
   clear() {
     for (const picture of this.pictures?.values() ?? []) picture.then((image) => image?.close?.());
+    for (const frame of this.frames?.values() ?? []) frame.image?.close();
     this.frames = new Map(); // number -> frame as it came, compressed
     this.pictures = new Map(); // number -> Promise<ImageBitmap>
     this.ready = new Map(); // number -> ImageBitmap
@@ -64,6 +67,7 @@ export class Player extends EventTarget {
         this.anchor_ms = performance.now();
       }
     }
+    this.frames.get(frame.number)?.image?.close();
     this.frames.set(frame.number, frame);
     this.end = Math.max(this.end, frame.number + 1);
     if (frame.number <= this.shown + DECODE_AHEAD) this.decode(frame.number);
@@ -77,6 +81,7 @@ export class Player extends EventTarget {
   }
 
   forget(number) {
+    this.frames.get(number)?.image?.close();
     this.frames.delete(number);
     this.release(number);
   }
@@ -92,7 +97,7 @@ export class Player extends EventTarget {
     if (this.pictures.has(number)) return this.pictures.get(number);
     const frame = this.frames.get(number);
     if (!frame) return Promise.resolve(null);
-    const picture = createImageBitmap(frame.blob).then(
+    const picture = createImageBitmap(frame.image ?? frame.blob).then(
       (image) => {
         if (this.frames.get(number) !== frame) return image.close(); // replaced meanwhile
         this.ready.set(number, image);
@@ -177,7 +182,8 @@ export class Player extends EventTarget {
     for (const held of [...this.pictures.keys()]) {
       if (held < number - 2 || held >= number + 2 * DECODE_AHEAD) this.release(held);
     }
-    const keep = number - HISTORY_S * this.fps;
+    const { width, height } = this.canvas;
+    const keep = number - Math.min(HISTORY_S * this.fps, this.frames.get(number)?.image ? HISTORY_BYTES / (4 * width * height) : Infinity);
     while (this.oldest < keep) this.forget(this.oldest++);
     this.shown = number;
     this.drawn = this.frames.get(number);

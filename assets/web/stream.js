@@ -3,6 +3,7 @@
 // Prompts that lie ahead are kept here, where they can be dragged, and go to the server shortly before their time:
 // a sent prompt cannot be moved any more.
 
+import { Decoder } from "./h264.js";
 import { Player } from "./player.js";
 import { Wire } from "./wire.js";
 
@@ -15,7 +16,7 @@ export class Stream extends EventTarget {
   constructor(name, canvas, settings) {
     super();
     this.name = name;
-    this.settings = settings; // {seed, fps, steps, token}
+    this.settings = settings; // {seed, fps, steps, token, format}
     this.player = new Player(canvas);
     this.state = "idle"; // idle connecting warming playing paused waiting retrying over failed
     this.message = "";
@@ -51,8 +52,8 @@ export class Stream extends EventTarget {
     });
     this.began_ms = performance.now();
     this.open();
-    const { seed, fps, steps } = this.settings;
-    this.wire.start({ prompt: prompts[0].text, seed, fps, steps: steps ?? undefined });
+    const { seed, fps, steps, format } = this.settings;
+    this.wire.start({ prompt: prompts[0].text, seed, fps, steps: steps ?? undefined, format });
     this.player.play();
   }
 
@@ -60,15 +61,19 @@ export class Stream extends EventTarget {
   async branch(twin) {
     const { branch, media_s } = await this.wire.branch();
     twin.player.fps = this.player.fps;
-    for (const frame of this.player.frames.values()) {
-      if (frame.media_s < media_s) twin.player.add({ ...frame, epoch: 0 });
+    for (const frame of [...this.player.frames.values()]) {
+      if (frame.media_s >= media_s) continue;
+      const image = frame.image && (await createImageBitmap(frame.image)); // each player closes its own
+      twin.player.add({ ...frame, image, epoch: 0 });
     }
     twin.prompts = this.prompts.filter((p) => p.stage !== "planned").map((p) => ({ ...p, stage: "shown" }));
     twin.samples = this.samples.filter((s) => s.media_s < media_s);
     twin.farthest = this.player.shown;
     twin.began_ms = performance.now();
     twin.open();
-    twin.wire.start({ branch, steps: this.settings.steps ?? undefined, fps: this.player.fps });
+    const { steps, format } = this.settings;
+    twin.settings.format = format;
+    twin.wire.start({ branch, steps: steps ?? undefined, fps: this.player.fps, format });
     twin.player.jump(this.player.now());
     twin.player.play();
   }
@@ -76,6 +81,7 @@ export class Stream extends EventTarget {
   close() {
     clearInterval(this.timer);
     this.wire?.stop();
+    this.decoder?.close();
     this.player.close();
   }
 
@@ -86,11 +92,23 @@ export class Stream extends EventTarget {
     on("link", (link) => this.linked(link));
     on("start", (start) => this.started(start));
     on("frame", (frame) => this.framed(frame));
+    on("opening", (bytes) => this.decoder.open(bytes));
+    this.decoder?.close();
+    this.given = { number: -1, epoch: 0 }; // the last frame that was decoded
+    this.decoder = new Decoder(
+      (frame, image) => {
+        if (wire !== this.wire) return image.close();
+        this.given = frame;
+        this.player.add({ ...frame, image });
+      },
+      () => wire === this.wire && this.fallBack(),
+    );
     on("shows", (shows) => this.applied(shows));
     on("refused", ({ message, fatal }) => this.tell(fatal ? "failed" : "trouble", message));
     on("lost", () => this.again());
     on("done", () => this.is("over"));
-    on("state", ({ state, message }) => {
+    on("state", ({ state, message, place }) => {
+      if (place) return this.is("queued", place === 1 ? "next" : `place ${place}`);
       if (state === "warming" || state === "queued") this.is(state);
       if (message) this.tell("trouble", message);
     });
@@ -136,8 +154,17 @@ export class Stream extends EventTarget {
     const newest = this.samples.at(-1);
     if (!newest || newest.block !== frame.block || newest.epoch !== frame.epoch) this.sample(frame);
     this.dropped += frame.dropped;
-    this.player.add(frame);
+    if (frame.sample) this.decoder.add({ ...frame, sample: undefined }, frame.sample);
+    else this.player.add(frame);
     if (this.first_ms === undefined) this.first_ms = performance.now() - this.began_ms;
+  }
+
+  /** This browser does not decode what comes: pictures one by one from here. */
+  fallBack() {
+    if (this.settings.format === "jpeg") return;
+    this.settings.format = "jpeg";
+    this.tell("trouble", "This browser cannot decode the H.264 video; it goes on with JPEG.");
+    this.wire.change("jpeg", { number: this.given.number, epoch: this.given.epoch });
   }
 
   sample({ epoch, block, media_s, slack_s, steps, flags }) {

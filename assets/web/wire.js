@@ -3,9 +3,10 @@
 // A Wire is one session. It reconnects by itself with the resume token; whoever holds it sees only
 //   link     {state: "connecting" | "open" | "retrying" | "closed", message, seconds}
 //   start    the session is accepted, or taken up again (detail.resumed)
-//   frame    {epoch, block, number, version, media_s, slack_s, steps, dropped, flags, blob}
+//   frame    {epoch, block, number, version, media_s, slack_s, steps, dropped, flags, blob}; of H.264 sample, not blob
+//   opening  what comes before the first sample of H.264: bytes
 //   block    what the server says about a block of frames before they come
-//   state    {state, message}
+//   state    {state, message, place}: place, 1 is next, while the machine is full
 //   shows    a prompt's first block is made: {version, media_s}
 //   refused  {code, message, fatal}: an error that answers no command
 //   lost     the server does not know this session any more
@@ -18,10 +19,13 @@ const PATH = "v1/realtime/video";
 const MAGIC = 0x52464753; // "SGFR", little-endian
 const HEADER_VERSION = 1;
 const MIME = { 1: "image/jpeg", 2: "image/webp" };
+const H264 = 3;
 const FRAME = 0;
+const OPENING = 1;
 const PLAYBACK_MS = 100;
 const FIRST_RETRY_MS = 250;
 const LAST_RETRY_MS = 5000;
+const WAIT_S = 120; // for a place on a full machine
 const ANSWER_MS = 15000;
 // Commands whose answer is in `session.applied`; of the others it may take a block, or a pause, to come.
 const NEEDS_APPLIED = new Set(["session.branch", "session.record"]);
@@ -56,9 +60,9 @@ export class Wire extends EventTarget {
 
   // What the page says.
 
-  /** request: {prompt, seed, fps, steps, branch}; undefined fields are the server's choice. */
+  /** request: {prompt, seed, fps, steps, branch, format}; undefined fields are the server's choice. */
   start(request) {
-    this.request = { type: "session.start", format: "jpeg", ...request };
+    this.request = { type: "session.start", format: "jpeg", wait_seconds: WAIT_S, ...request };
     this.session = undefined;
     this.last = { number: -1, epoch: 0 };
     this.ended = false;
@@ -157,7 +161,16 @@ export class Wire extends EventTarget {
 
   resumption() {
     const { number, epoch } = this.last;
-    return { type: "session.resume", resume_token: this.session.resume_token, last_frame: number, epoch };
+    const { format } = this.request;
+    return { type: "session.resume", resume_token: this.session.resume_token, last_frame: number, epoch, format };
+  }
+
+  /** Go on in another format, with the frame behind this one. */
+  change(format, last) {
+    this.request.format = format;
+    this.last = last;
+    if (this.session) this.socket?.close(1000);
+    if (this.session) this.connect();
   }
 
   dropped(code) {
@@ -241,8 +254,11 @@ export class Wire extends EventTarget {
       throw new Error("a binary message that is no frame of streamgen.v1");
     }
     const size = view.getUint16(6, true);
-    const type = MIME[view.getUint8(61)];
-    if (view.getUint8(62) !== FRAME || !type) return;
+    const encoding = view.getUint8(61);
+    const kind = view.getUint8(62);
+    const bytes = new Uint8Array(buffer, size, view.getUint32(64, true));
+    if (kind === OPENING) return this.tell("opening", bytes);
+    if (kind !== FRAME || !(MIME[encoding] || encoding === H264)) return;
     const frame = {
       epoch: view.getUint32(8, true),
       block: view.getUint32(12, true),
@@ -253,8 +269,9 @@ export class Wire extends EventTarget {
       steps: view.getUint16(52, true),
       dropped: view.getUint16(54, true),
       flags: view.getUint8(60),
-      blob: new Blob([new Uint8Array(buffer, size, view.getUint32(64, true))], { type }),
     };
+    if (encoding === H264) frame.sample = bytes;
+    else frame.blob = new Blob([bytes], { type: MIME[encoding] });
     this.last = { number: frame.number, epoch: frame.epoch };
     this.tell("frame", frame);
   }

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from streamgen.rollout import StreamState
 from streamgen_distill import self_forcing
-from streamgen_distill.rollouts import Plan, self_rollout
-from streamgen_distill.self_forcing import STUDENT, SelfForcing, Streams
+from streamgen_distill.rollouts import Plan, Streams, self_rollout
+from streamgen_distill.self_forcing import STUDENT, SelfForcing
 from streamgen_train.objective import Turn
 
 

@@ -6,7 +6,7 @@ of the graded blocks and nothing else: earlier steps and the keys and values of 
 (Self-Forcing, arXiv 2506.08009, algorithm 1). Only the blocks asked for are kept, so the memory of a rollout does not
 grow with its length.
 
-Letters: B clips, F latent frames, C H W latent.
+Letters: B clips, G blocks, F latent frames, C H W latent, L text rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from streamgen.geometry import VideoGeometry
 from streamgen.rolling import RollingWindow, roll
 from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.transformer import CausalWanModel, TextContext
+from streamgen_train.objectives.video import Batch
 from streamgen_train.timing import timed
 
 TextOfBlock = Callable[[int], TextContext]
@@ -47,6 +48,22 @@ class Plan:
             )
         if not 0 <= self.first < self.blocks:
             raise ValueError(f"the window [{self.first}, {self.blocks}) of a rollout must hold a block")
+
+
+@dataclass(slots=True)
+class Streams:
+    """What a rollout is made of: prompts of each block and seeds; everything else is in the plan."""
+
+    plan: Plan
+    ids_BGL: Tensor
+    seeds: tuple[int, ...]
+    transitions: dict[int, str]
+    captions: list[str]
+    """Of the last block, for the reward."""
+    given: Batch | None = None
+    """Clips to denoise instead of a rollout (student_input data)."""
+    real: tuple[Tensor, Tensor] | None = None
+    """Clips of the world as long as the window and their prompts [B, G, L], for a GAN."""
 
 
 def draw_plan(

@@ -17,19 +17,17 @@ long.py adds LongLive's streaming long tuning. Letters: B clips, G blocks, F lat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import Layout
-from streamgen.cache import POLICIES
+from streamgen.attention import VISIBILITIES, Layout
 from streamgen.card import SchedulerConfig
-from streamgen.costs import RECOMPUTED, TRAINED, Work, activation_bytes, cache_bytes, parameters
+from streamgen.costs import TRAINED, Work, parameters
 from streamgen.embedded_text import EmbeddedText
 from streamgen.metrics.quick import quick_adherence
 from streamgen.pixels import to_uint8
@@ -45,13 +43,14 @@ from streamgen_distill.gan import (
     generator_loss,
 )
 from streamgen_distill.rewards import CheckerReward, reward_weight
-from streamgen_distill.rollouts import Plan, draw_plan, new_state, self_rollout, step_plans
-from streamgen_distill.scores import ScoreLayout, draw_score_sigma, guided_x0, load_score
+from streamgen_distill.rollouts import Plan, Streams, draw_plan, new_state, self_rollout, step_plans
+from streamgen_distill.scores import draw_score_sigma, guided_x0, load_score
+from streamgen_distill.self_forcing_config import Config
+from streamgen_distill.self_forcing_costs import rollout_work, scored_blocks, working_bytes
 from streamgen_distill.sid import sid_loss
 from streamgen_train.checkpoint import load_into
 from streamgen_train.data import pick_captions
 from streamgen_train.objective import Turn
-from streamgen_train.objectives import ar
 from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.bidirectional import whole_clip_x0
 from streamgen_train.objectives.video import Batch
@@ -60,123 +59,10 @@ from streamgen_train.pictures import pipeline_of
 from streamgen_train.timing import timed
 from streamgen_train.videos.prompts import PromptSource
 
+__all__ = ["CRITIC", "STUDENT", "Config", "SelfForcing", "build"]
+
 STUDENT, CRITIC = "student", "critic"
 JUDGES = ("critic", "discriminator")
-
-
-@dataclass(kw_only=True)
-class Config(ar.Config):
-    teacher_from: str
-    """Run folder or checkpoint of the score teacher."""
-    critic_from: str | None = None
-    """Where the critic starts; the teacher by default, never the student."""
-    teacher_model: TransformerConfig | None = None
-    """Sizes of the teacher if they are not the student's; the critic, which starts from critic_from, has the student's.
-    """
-    score_layout: ScoreLayout = "bidirectional"
-    student_input: Literal["self", "data"] = "self"
-    """data: the student denoises noised clips in one pass, each block at a level of its steps and in the context of the
-    noisy ones before it, and no stream is made."""
-    objective_loss: Literal["dmd", "sid", "gan"] = "dmd"
-    train_steps: tuple[int, ...] = (4,)
-    """Step counts of the student, one drawn for each turn; the first is its default."""
-    guidance: float = 4.0
-    """Of the teacher: uncond + guidance (cond - uncond). The papers' g = 3 in cond + g (cond - uncond) is 4."""
-    rollout_clips: int = 8
-    """Streams in a microbatch."""
-    rollout_blocks: tuple[int, int] = (4, 4)
-    """Least and greatest number of blocks of a rollout."""
-    score_blocks: int = 4
-    """Blocks that are scored; what the teacher was trained on."""
-    window_at: Literal["end", "anywhere"] = "end"
-    rolling_share: float = 0.0
-    """Share of turns whose rollout is by a rolling window ..."""
-    rolling_steps: int = 4
-    """... of so many blocks and steps."""
-    critic_ratio: int = 5
-    """The student has every n-th step."""
-    score_shift: float = 5.0
-    """Noise levels of both scores are uniform u warped by this ..."""
-    score_sigmas: tuple[float, float] = (0.02, 0.98)
-    """... and clamped to these."""
-    follow_exit: bool = False
-    """Draw them between the exit step's level and the next one's instead (`ts_schedule`)."""
-    context_noise: float = 0.0
-    cache: str = "relative"
-    checkpoint_activations: bool = False
-    sid_alpha: float = 1.0
-    gan_weight: float = 1.0
-    gan_layers: tuple[int, ...] = ()
-    """Layers of the critic that the discriminator reads; () takes the middle one and the last."""
-    gan_penalty: float = 30.0
-    gan_sigma: float = 0.05
-    reward: Literal["checker"] | None = None
-    reward_beta: float = 2.0
-    text_drop: float = 0.0
-    word_drop: float = 0.0
-    validation_seconds: float = 15.0
-    sample_steps: int = 0
-    """For pictures; 0: the first of train_steps."""
-
-    def __post_init__(self) -> None:
-        self.sample_steps = self.sample_steps or next(iter(self.train_steps), 1)
-        super().__post_init__()
-        low, high = self.rollout_blocks
-        checks = (
-            (self.init_from is None, "init_from is null; name the run that the student starts from"),
-            (not self.train_steps or min(self.train_steps) < 1, "train_steps must hold counts of at least 1"),
-            (not 1 <= low <= high, f"rollout_blocks is {[low, high]}; least and greatest, at least 1"),
-            (self.score_blocks < 1, f"score_blocks is {self.score_blocks}; it must be at least 1"),
-            (self.critic_ratio < 1, f"critic_ratio is {self.critic_ratio}; it must be at least 1"),
-            (self.cache not in POLICIES, f"cache is {self.cache!r}; allowed: {', '.join(POLICIES)}"),
-            (not 0 <= self.rolling_share <= 1, f"rolling_share is {self.rolling_share}; it must be in [0, 1]"),
-            (
-                self.student_input == "self" and self.data is not None and self.data.prompts is None,
-                "data must be prompts (or null: the sprites world); streams are made, not read",
-            ),
-            (
-                self.teacher_model is not None and self.teacher_model != self.model and self.critic_from is None,
-                "critic_from is null, but the teacher has other sizes than the critic: name the critic's start",
-            ),
-            (
-                self.data is not None and (self.objective_loss == "gan" or self.reward is not None),
-                "a GAN loss and a reward need the sprites world: leave data null",
-            ),
-            (
-                self.objective_loss == "gan" and self.clip_blocks < min(self.score_blocks, high),
-                f"clip_blocks is {self.clip_blocks}; real clips for a GAN must be as long as the scored window",
-            ),
-            (
-                max(self.gan_layers, default=0) >= self.model.num_layers or min(self.gan_layers, default=0) < 0,
-                f"gan_layers is {list(self.gan_layers)}; the model has layers 0 to {self.model.num_layers - 1}",
-            ),
-        )
-        for wrong, message in checks:
-            if wrong:
-                raise ValueError(message)
-        if self.rolling_share > 0:
-            held = self.sink_frames + self.rolling_steps * self.geometry.block_frames
-            if held > self.window_frames:
-                raise ValueError(
-                    f"a rolling window of {self.rolling_steps} blocks and the sink are {held} latent frames; "
-                    f"window_frames is {self.window_frames}: raise it, or lower rolling_steps"
-                )
-
-
-@dataclass(slots=True)
-class Streams:
-    """What a rollout is made of: prompts of each block and seeds; everything else is in the plan."""
-
-    plan: Plan
-    ids_BGL: Tensor
-    seeds: tuple[int, ...]
-    transitions: dict[int, str]
-    captions: list[str]
-    """Of the last block, for the reward."""
-    given: Batch | None = None
-    """Clips to denoise instead of a rollout (student_input data)."""
-    real: tuple[Tensor, Tensor] | None = None
-    """Clips of the world as long as the window and their prompts [B, G, L], for a GAN."""
 
 
 class SelfForcing(ArObjective):
@@ -444,28 +330,14 @@ class SelfForcing(ArObjective):
 
     def work(self) -> list[tuple[TransformerConfig, Work]]:
         """Means over exit steps, step counts and rollout lengths; the student has one step in critic_ratio."""
-        c, g = self.config, self.config.geometry
-        clips, student = c.rollout_clips, 1 / c.critic_ratio
-        blocks = sum(c.rollout_blocks) / 2
-        window = min(c.score_blocks, blocks)
-        made = blocks if c.window_at == "end" else window + (blocks - window) / 2
-        passes = sum((count + 1) / 2 + 1 for count in c.train_steps) / len(c.train_steps)  # to the exit, and the commit
-        visible = min(c.window_frames, (made * g.block_frames + g.block_frames) / 2)
-        tokens = g.block_frames * g.tokens_per_frame
-        pairs = int(tokens * visible * g.tokens_per_frame)
-        graded = RECOMPUTED if c.checkpoint_activations else TRAINED
-        score = 1 if c.guidance == 1.0 else 2
+        c, clips, student = self.config, self.config.rollout_clips, 1 / self.config.critic_ratio
+        window, score = round(scored_blocks(c)), 1 if c.guidance == 1.0 else 2
 
         def scored(what: str, count: float, factor: float) -> Work:
-            return self.clip_work(what, count, round(window), self.score_work_layout(round(window)), factor)
+            return self.clip_work(what, count, window, self.score_work_layout(window), factor)
 
-        rollout = Work(what="rollouts", passes=clips * made * passes * (1 + student), tokens=tokens, pairs=pairs)
-        gradient = Work(
-            what="student's graded step", passes=clips * window * student, tokens=tokens, pairs=pairs, factor=graded - 1
-        )
         return [
-            (c.model, rollout),
-            (c.model, gradient),
+            *rollout_work(c),
             (c.teacher_model or c.model, scored("teacher's score", clips * score * student, 1.0)),
             (c.model, scored("critic's score", clips * student, 1.0)),
             (c.model, scored("critic, forward and backward", clips, TRAINED)),
@@ -475,14 +347,7 @@ class SelfForcing(ArObjective):
         return None if self.config.score_layout == "bidirectional" else self.layout(blocks)
 
     def working_bytes(self, bytes_per_value: int) -> float:
-        """The larger of the critic's clip and the student's graded blocks, and the cache of the rollout."""
-        c, g = self.config, self.config.geometry
-        cache = c.rollout_clips * cache_bytes(c.model, c.window_frames * g.tokens_per_frame, bytes_per_value)
-        checkpointed = c.checkpoint_activations
-        tokens = c.score_blocks * g.block_frames * g.tokens_per_frame
-        kept = activation_bytes(c.model, tokens, checkpointed=checkpointed, bytes_per_value=bytes_per_value)
-        snapshots = c.score_blocks * cache if checkpointed else 0
-        return cache * (2 if c.cache == "relative" else 1) + c.rollout_clips * kept + snapshots
+        return working_bytes(self.config, bytes_per_value)
 
     # -- what a person looks at -----------------------------------------------------------------
 
@@ -503,7 +368,18 @@ class SelfForcing(ArObjective):
         }
 
     def scheduler(self) -> SchedulerConfig:
-        return self.card_scheduler(self.config.train_steps, "renoise")
+        """Streams are to have the cache, the noise and the window of the rollouts."""
+        c, card = self.config, self.card_scheduler(self.config.train_steps, "renoise")
+        card = replace(card, positions=c.cache, context_noise=c.context_noise)
+        if c.rolling_share == 0:
+            return card
+        seen = {*card.visibility, "joint"} - ({"clean"} if c.rolling_share == 1 else set())
+        return replace(
+            card,
+            trained_steps=tuple(dict.fromkeys((*c.train_steps, c.rolling_steps))),
+            visibility=tuple(name for name in VISIBILITIES if name in seen),
+            joint_blocks=c.rolling_steps,
+        )
 
 
 def build(config: Config) -> SelfForcing:

@@ -22,7 +22,16 @@ from streamgen_infer.models.app import app as models
 from streamgen_infer.models.recording_app import app as recording
 from streamgen_infer.plan.app import app as plan
 from streamgen_infer.serve.app import app as serving
-from streamgen_infer.stream_options import CACHE_DTYPES, CACHES, DTYPES, SCHEDULES, TRANSITIONS, Options
+from streamgen_infer.stream_options import (
+    CACHE_DTYPES,
+    CACHES,
+    DTYPES,
+    OPS,
+    SCHEDULES,
+    TRANSITIONS,
+    WEIGHTS_DTYPES,
+    Options,
+)
 
 HandOver = Callable[[list[str]], int]
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -129,10 +138,14 @@ def stream(
     cache_dtype: Annotated[
         str | None, typer.Option(help=" | ".join(CACHE_DTYPES) + ": half the cache's memory, slower")
     ] = None,
+    weights_dtype: Annotated[
+        str | None, typer.Option(help=" | ".join(WEIGHTS_DTYPES) + ": half the weights' memory")
+    ] = None,
     transition: Annotated[str, typer.Option(help="To a new prompt: " + " | ".join(TRANSITIONS))] = "recache",
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES) + "; auto takes the faster one here")] = "auto",
+    ops: Annotated[str, typer.Option(help=" | ".join(OPS) + "; auto: kernels on a GPU, if right there")] = "auto",
     threads: Threads = None,
     scale: Annotated[int, typer.Option(help="Enlarge the frames so many times.", metavar="N")] = 1,
     realtime: Annotated[bool, typer.Option("--realtime", help="No faster than the video plays.")] = False,
@@ -166,10 +179,12 @@ def stream(
         ranks=ranks,
         cache=cache,
         cache_dtype=cache_dtype,
+        weights_dtype=weights_dtype,
         transition=transition,
         fps=fps,
         device=device,
         dtype=dtype,
+        ops=ops,
         threads=threads,
         scale=scale,
         realtime=realtime,

@@ -36,7 +36,7 @@ from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.weights import Unfilled, build_config
-from streamgen_infer import bench_live, machine
+from streamgen_infer import bench_live, bench_more, machine
 from streamgen_infer.bench_show import check_picture, print_results, write_picture
 from streamgen_infer.bench_stages import (
     Roofs,
@@ -58,7 +58,7 @@ from streamgen_infer.report import check_report, write_report
 from streamgen_infer.sinks import check_place
 
 DEFAULT_BLOCKS = {"sprites": 20, "mid": 3, "wan_1_3b": 2}
-LARGE = ("wan_1_3b", *bench_live.SUITES)
+LARGE = ("wan_1_3b", *bench_live.SUITES, *bench_more.SUITES)
 STEPS, SHIFT = 4, 5.0
 PROMPT = "a large red star spinning over a snow background"
 
@@ -94,6 +94,7 @@ def run(
     json: Path | None,
     png: Path | None,
     overwrite: bool,
+    overload: float | None = None,
 ) -> int:
     """The command; returns the exit code."""
     dtypes = _choice("--dtype", dtype, tuple(DTYPES))
@@ -101,9 +102,18 @@ def run(
         if png is not None:
             raise UserError(f"--png draws the stages of a block; --suite {suite} has none: leave it out")
         return bench_live.run(
-            interrupts, suite=suite, dtype=dtype, threads=threads, seconds=seconds, json=json, overwrite=overwrite
+            interrupts,
+            suite=suite,
+            dtype=dtype,
+            threads=threads,
+            seconds=seconds,
+            overload=overload,
+            json=json,
+            overwrite=overwrite,
         )
-    suites = _choice("--suite", suite, (*CASES, *bench_live.SUITES))
+    if overload is not None:
+        raise UserError(f"--overload is of --suite viewers; the suite is {suite}")
+    suites = _choice("--suite", suite, (*CASES, *bench_live.SUITES, *bench_more.SUITES))
     for name, value, most in (("--threads", threads, 1024), ("--blocks", blocks, 100_000)):
         if value is not None and not 1 <= value <= most:
             raise UserError(f"{name} is {value}; it must be 1 to {most}")
@@ -202,7 +212,7 @@ def mid(dtype: torch.dtype) -> Case:
 
 def wan_1_3b(dtype: torch.dtype) -> Case:
     """Wan 1.3B in full, random weights, on 208 x 128 pixels (104 tokens a frame in place of 1560); no codec."""
-    config = _config(TransformerConfig, "model/wan_1_3b.yaml")
+    config = read_config(TransformerConfig, "model/wan_1_3b.yaml")
     wanted, memory = 2 * parameters(config) * dtype.itemsize, machine.memory_mb()  # the bound has as many weights
     if memory is not None and wanted > memory[1] * 1e6:
         raise UserError(
@@ -230,19 +240,20 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {"sprites": sprites, "mid": mi
 
 
 def _random_sprites(dtype: torch.dtype) -> StreamPipeline:
-    transformer = _config(TransformerConfig, "model/sprites.yaml")
+    transformer = read_config(TransformerConfig, "model/sprites.yaml")
     return StreamPipeline(
         transformer=_ready(CausalWanModel(transformer), dtype),
-        codec=_ready(SpritesCodec(_config(SpritesCodecConfig, "codec/sprites.yaml")), dtype),
-        text=_ready(SpritesTextEncoder(_config(SpritesTextConfig, "text/sprites.yaml")), torch.float32),
-        geometry=_config(VideoGeometry, "data/sprites.yaml"),
+        codec=_ready(SpritesCodec(read_config(SpritesCodecConfig, "codec/sprites.yaml")), dtype),
+        text=_ready(SpritesTextEncoder(read_config(SpritesTextConfig, "text/sprites.yaml")), torch.float32),
+        geometry=read_config(VideoGeometry, "data/sprites.yaml"),
         scheduler=SchedulerConfig(
             trained_steps=(STEPS,), window_frames=12, sink_frames=3, shift=SHIFT, prediction=transformer.prediction
         ),
     )
 
 
-def _config(cls: Callable[..., Any], file: str) -> Any:
+def read_config(cls: Callable[..., Any], file: str) -> Any:
+    """A config of the shipped ones, e.g. model/wan_1_3b.yaml."""
     path = configs_dir() / file
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict), path

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from streamgen_infer import bench_more
 from streamgen_infer.arguments import Json, Overwrite
 
 app = typer.Typer(rich_markup_mode=None)
@@ -17,20 +18,57 @@ app.add_typer(group)
 @group.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="sprites | mid | all; or wan_1_3b | engine | viewers | pipeline")] = "all",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="sprites | mid | all; or wan_1_3b | wan_14b | engine | viewers | pipeline | server | train | kernels"
+        ),
+    ] = "all",
     dtype: Annotated[str, typer.Option(help="fp32 | bf16 | all")] = "all",
     threads: Annotated[int, typer.Option(help="CPU threads.", metavar="N")] = 1,
     blocks: Annotated[int | None, typer.Option(help="Blocks to time; 20, 3 and 2 by default.", metavar="N")] = None,
     seconds: Annotated[float, typer.Option(help="How long the viewers watch.", metavar="N")] = 60,
+    viewers: Annotated[int, typer.Option(help="Of --suite server.", metavar="N")] = 4,
+    overload: Annotated[
+        float | None, typer.Option(help="Of --suite viewers: so many times what is admitted come.", metavar="N")
+    ] = None,
     json: Json = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw every stage under the machine's roofs.", metavar="FILE")
     ] = None,
     overwrite: Overwrite = False,
+    device: Annotated[str, typer.Option(help="cpu | cuda; on a GPU --suite wan_1_3b alone.")] = "cpu",
 ) -> int:
     """Time one block of video beside its bare matrix products and attention; or compare two such measurements."""
     if context.invoked_subcommand is not None:
         return 0
+    if suite in bench_more.SUITES:
+        options = bench_more.Options(
+            suite=suite,
+            dtype=dtype,
+            threads=threads,
+            blocks=blocks,
+            seconds=seconds,
+            viewers=viewers,
+            device=device,
+            json=json,
+            png=png,
+            overwrite=overwrite,
+        )
+        return bench_more.run(context.obj.interrupts, context.obj.hand_over, options)
+    if device != "cpu":
+        from streamgen_infer import bench_cuda
+
+        return bench_cuda.run(
+            context.obj.interrupts,
+            suite=suite,
+            device=device,
+            dtype=dtype,
+            blocks=blocks,
+            json=json,
+            png=png,
+            overwrite=overwrite,
+        )
     from streamgen_infer import bench as command
 
     return command.run(
@@ -43,6 +81,7 @@ def bench(
         json=json,
         png=png,
         overwrite=overwrite,
+        overload=overload,
     )
 
 

@@ -2,14 +2,12 @@
 
 engine    8 streams made together (passes share forwards) beside the same 8 made one after the other, and what a
           decision of the scheduler costs with 64 streams
-viewers   as many viewers as admission lets in, times `SHARE`, for some time in real time: missed deadlines, jitter and
-          memory, beside what the simulator says for the same costs
-pipeline  blocks per second of one stream on one rank and on two, beside what the planner says
+viewers   live viewers in real time, beside what the simulator says (bench_viewers.py)
+pipeline  blocks per second of one stream on one rank and on two, beside what the planner says (bench_pipeline.py)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import statistics
@@ -24,23 +22,18 @@ from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
 from streamgen_infer import machine
-from streamgen_infer.cost_model import Z90, CostModel
+from streamgen_infer.bench_pipeline import pipeline
+from streamgen_infer.bench_viewers import viewers
+from streamgen_infer.cost_model import CostModel
 from streamgen_infer.engine import Engine, Work
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
-from streamgen_infer.live_stream import LiveStream
 from streamgen_infer.report import check_report, write_report
-from streamgen_infer.requests import MadeBlock, Refused, StreamEvent, StreamRequest
-from streamgen_infer.runtime import Runtime
 from streamgen_infer.scheduler import Rules, StreamView, choose
-from streamgen_infer.simulate.scenario import Scenario, Viewers
-from streamgen_infer.simulator import simulate
 from streamgen_infer.sinks import check_place
 
 STREAMS, BLOCKS, ROUNDS = 8, 3, 3
 DECISION_STREAMS, DECISIONS = 64, 400
-SHARE = 0.9
-"""Of the viewers that admission lets in."""
 PROMPT = "a large red star spinning over a snow background"
 
 
@@ -48,9 +41,19 @@ SUITES = ("engine", "viewers", "pipeline")
 
 
 def run(
-    interrupts: Interrupts, *, suite: str, dtype: str, threads: int, seconds: float, json: Path | None, overwrite: bool
+    interrupts: Interrupts,
+    *,
+    suite: str,
+    dtype: str,
+    threads: int,
+    seconds: float,
+    overload: float | None,
+    json: Path | None,
+    overwrite: bool,
 ) -> int:
     """The command for these suites; returns the exit code."""
+    if overload is not None and (suite != "viewers" or not 1 <= overload <= 100):
+        raise UserError(f"--overload is {overload:g} with --suite {suite}; it is of viewers, and must be 1 to 100")
     if not 5 <= seconds <= 86_400:
         raise UserError(f"--seconds is {seconds:g}; it must be 5 to 86400")
     if json is not None:
@@ -62,7 +65,7 @@ def run(
         if suite == "engine":
             result = engine(pipe, stop)
         elif suite == "viewers":
-            result = viewers(pipe, seconds, stop)
+            result = viewers(pipe, seconds, stop, overload=overload)
         else:
             result = pipeline(pipe, threads, stop)
         if result is None:
@@ -89,24 +92,6 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_short(one)}" for name, one in value.items())
     return "; ".join(_short(one) for one in value) if isinstance(value, list | tuple) else str(value)
-
-
-def pipeline(pipe: StreamPipeline, threads: int, stop: Stop) -> dict[str, Any] | None:
-    """One stream, same-level visibility, on one rank and on two, by steps and by layers."""
-    from streamgen.parallel.measure import measure_pipeline
-
-    found: dict[str, Any] = {}
-    for split in ("step_chain", "layer_ring"):
-        if stop.requested:
-            return None
-        one, two = measure_pipeline(pipe, split, (1, 2), threads=threads, force=True)
-        found[split] = {
-            "one": dataclasses.asdict(one),
-            "two": dataclasses.asdict(two),
-            "gain": two.fps / one.fps,
-            "planned_gain": two.fps_bound / one.fps_bound,
-        }
-    return found
 
 
 def engine(pipe: StreamPipeline, stop: Stop) -> dict[str, Any] | None:
@@ -168,146 +153,6 @@ def _decisions() -> dict[str, float]:
         took_ms.append(1000 * (time.perf_counter() - started))
     cuts = statistics.quantiles(took_ms, n=100)
     return {"p50": cuts[49], "p99": cuts[98]}
-
-
-@dataclasses.dataclass(slots=True)
-class _Viewer:
-    """What one viewer got."""
-
-    blocks: int = 0
-    late: int = 0
-    ready_at_s: list[float] = dataclasses.field(default_factory=list)
-    slack_s: list[float] = dataclasses.field(default_factory=list)
-    ended: str = ""
-
-    def on_block(self, block: MadeBlock) -> None:
-        self.blocks += 1
-        self.late += block.slack_s < 0
-        self.slack_s.append(block.slack_s)
-        self.ready_at_s.append(block.ready_at_s)
-
-    def on_event(self, event: StreamEvent) -> None:
-        if event.kind == "failed":
-            self.ended = event.message
-
-
-def viewers(pipe: StreamPipeline, seconds: float, stop: Stop) -> dict[str, Any] | None:
-    """A run in real time; UserError or Failure when not even one viewer is admitted."""
-    runtime = Runtime(pipe, max_streams=64)
-    runtime.start()
-    try:
-        admitted = _admitted(runtime)
-        if admitted == 0:
-            raise Failure("no viewer is admitted: this machine makes a block more slowly than it plays")
-        count = max(1, int(SHARE * admitted))
-        runtime.limits = dataclasses.replace(runtime.limits, most_streams=count)
-        seen = [_Viewer() for _ in range(count)]
-        lives = [_open(runtime, viewer, seed) for seed, viewer in enumerate(seen)]
-        offered = count
-        refused = _over(runtime, count)  # twice as many come: the others are turned away
-        start_mb, rss_mb, started_s = None, [], time.monotonic()
-        while not stop.requested and time.monotonic() - started_s < seconds:
-            time.sleep(min(1.0, seconds / 10))
-            rss_mb.append((time.monotonic() - started_s, machine.rss_mb() or math.nan))
-            if start_mb is None and time.monotonic() - started_s > min(10.0, seconds / 4):
-                start_mb = rss_mb[-1][1]
-        costs, stats = runtime.costs, runtime.stats()
-        for live in lives:
-            live.close()
-    finally:
-        runtime.close()
-    failed = [viewer.ended for viewer in seen if viewer.ended]
-    if failed:
-        raise Failure(f"{len(failed)} of {count} streams failed: {failed[0]}")
-    return {
-        "admitted": admitted,
-        "viewers": count,
-        "offered": offered + refused,
-        "refused": refused,
-        "seconds": time.monotonic() - started_s,
-        **_figures(pipe, seen),
-        "busy": stats.busy_s / (time.monotonic() - started_s),
-        "rss_mb": {"start": start_mb, "end": rss_mb[-1][1] if rss_mb else None},
-        "simulated": _simulated(pipe, costs, count, seconds),
-    }
-
-
-def _admitted(runtime: Runtime) -> int:
-    """How many viewers come in before one is refused."""
-    lives: list[LiveStream] = []
-    try:
-        while len(lives) < runtime.limits.most_streams:
-            lives.append(_open(runtime, _Viewer(), len(lives)))
-    except Refused:
-        pass
-    for live in lives:
-        live.close()
-    while runtime.stats().streams:
-        time.sleep(0.01)
-    return len(lives)
-
-
-def _over(runtime: Runtime, count: int) -> int:
-    refused = 0
-    for number in range(count):
-        try:
-            _open(runtime, _Viewer(), number).close()
-        except Refused:
-            refused += 1
-    return refused
-
-
-def _open(runtime: Runtime, viewer: _Viewer, seed: int) -> LiveStream:
-    return runtime.open(StreamRequest(prompt=PROMPT, seed=seed), on_block=viewer.on_block, on_event=viewer.on_event)
-
-
-def _figures(pipe: StreamPipeline, seen: Sequence[_Viewer]) -> dict[str, Any]:
-    """Misses, and how evenly blocks come: the difference of two blocks' readiness from a block's time on screen."""
-    period_s = pipe.geometry.block_pixel_frames(1) / pipe.geometry.fps
-    lead = 4  # blocks made at once, before the media clock paces them
-    gaps_ms = [
-        1000 * abs(later - earlier - period_s)
-        for viewer in seen
-        for earlier, later in zip(viewer.ready_at_s[lead:], viewer.ready_at_s[lead + 1 :], strict=False)
-    ]
-    blocks, late = sum(viewer.blocks for viewer in seen), sum(viewer.late for viewer in seen)
-    slack_ms = [1000 * slack for viewer in seen for slack in viewer.slack_s[1:]]
-    return {
-        "blocks": blocks,
-        "late_blocks": late,
-        "miss_rate": late / blocks if blocks else None,
-        "worst_miss_rate": max((viewer.late / viewer.blocks for viewer in seen if viewer.blocks), default=None),
-        "jitter_ms": _cuts(gaps_ms),
-        "slack_ms": _cuts(slack_ms),
-    }
-
-
-def _cuts(values: Sequence[float]) -> dict[str, float] | None:
-    if len(values) < 2:
-        return None
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p1": cuts[0], "p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
-
-
-def _simulated(pipe: StreamPipeline, costs: CostModel, count: int, seconds: float) -> dict[str, Any]:
-    """The same viewers in the simulator, with the costs that the run has learned."""
-    geometry = pipe.geometry
-    shape = f"{geometry.block_size(1)} latent frames"
-    points = [point for curve in costs.values()["curves"] if curve["shape"] == shape for point in curve["points"]]
-    noise = statistics.median(math.log(point["p90_s"] / point["p50_s"]) / Z90 for point in points)
-    stay = Viewers(
-        per_minute=600.0,
-        mean_s=1e6,
-        shape=shape,
-        block_s=geometry.block_pixel_frames(1) / geometry.fps,
-        trained_steps=pipe.scheduler.trained_steps,
-    )
-    scenario = Scenario(viewers=(stay,), seconds=max(seconds, 60.0), noise=max(noise, 1e-3))
-    scenario = dataclasses.replace(
-        scenario, limits=dataclasses.replace(scenario.limits, most_streams=count, most_load=1.0)
-    )
-    values = simulate(scenario, costs).values()
-    return {name: values[name] for name in ("miss_rate", "jitter", "utilisation")} | {"noise": noise}
 
 
 def _timed(call: Callable[[], object]) -> float:

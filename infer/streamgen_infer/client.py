@@ -138,6 +138,21 @@ class Viewer:
         assert isinstance(answer, p.Applied) and answer.branch is not None
         return answer.branch
 
+    async def report(self, position_s: float) -> None:
+        """What is on the screen now; with `playback` it is done by itself."""
+        if self._socket is None:
+            return
+        report: dict[str, Any] = {"type": "session.playback", "position_seconds": position_s}
+        if self._last["last_frame"] >= 0:
+            report["received_frame"] = self._last["last_frame"]
+        with suppress(ConnectionClosed):  # the receiver sees to it
+            await self._socket.send(p.dump(report))
+
+    def cut(self) -> None:
+        """Break the connection off, as a network that goes down does; without `leave` it is taken up again."""
+        if self._socket is not None:
+            self._socket.transport.abort()
+
     async def ask(self, message: dict[str, Any], answer: type[p.Message] | None = None) -> p.Message:
         """Send a command and wait for its first answer, or for the one of this type; Refusal if it is refused."""
         assert self._socket is not None
@@ -146,6 +161,8 @@ class Viewer:
         try:
             await self._socket.send(p.dump({**message, "id": name}))
             return await asyncio.wait_for(future, ANSWER_S)
+        except ConnectionClosed as error:
+            raise p.Refusal("illegal_state", "the connection is lost") from error
         finally:
             del self._answers[name]
 
@@ -154,7 +171,7 @@ class Viewer:
     async def _connect(self, first: dict[str, Any]) -> None:
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         subprotocols: Any = [p.SUBPROTOCOL]
-        self._socket = await connect(
+        socket = await connect(
             self.address,
             subprotocols=subprotocols,
             additional_headers=headers,
@@ -162,16 +179,21 @@ class Viewer:
             compression=None,
             proxy=None,
         )
-        await self._socket.send(p.dump(first))
-        while True:
-            message = p.parse_server(await self._socket.recv())
-            self.messages.append(message)
-            if isinstance(message, p.Error):
-                raise p.Refusal(message.code, message.message, fatal=True, retry_after_s=message.retry_after_seconds)
-            if isinstance(message, p.VideoStart):
-                self.accepted_at_s = self.accepted_at_s or time.monotonic()
-                self.started = message
-                return
+        try:
+            await socket.send(p.dump(first))
+            while True:
+                message = p.parse_server(await socket.recv())
+                self.messages.append(message)
+                if isinstance(message, p.Error):
+                    retry_s = message.retry_after_seconds
+                    raise p.Refusal(message.code, message.message, fatal=True, retry_after_s=retry_s)
+                if isinstance(message, p.VideoStart):
+                    break
+        except BaseException:
+            await socket.close()
+            raise
+        self.accepted_at_s = self.accepted_at_s or time.monotonic()
+        self.started, self._socket = message, socket  # from now on it may be spoken to
 
     async def _receive(self) -> None:
         try:
@@ -235,13 +257,8 @@ class Viewer:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(PLAYBACK_S)
-            if self._shown_s is None or self._socket is None:
-                continue
-            report = {"type": "session.playback", "position_seconds": self._shown_s}
-            if self._last["last_frame"] >= 0:
-                report["received_frame"] = self._last["last_frame"]
-            with suppress(ConnectionClosed):  # the receiver sees to it
-                await self._socket.send(p.dump(report))
+            if self._shown_s is not None:
+                await self.report(self._shown_s)
 
 
 def watch(url: str, *, seconds: float | None = None, **named: Any) -> Iterator[Frame]:

@@ -69,16 +69,18 @@ class Curve:
     p50_s: list[float] = field(default_factory=list)
     p90_s: list[float] = field(default_factory=list)
 
-    def observe(self, rows: int, value_log: float) -> None:
-        """One more launch."""
+    def observe(self, rows: int, value_log: float) -> bool:
+        """One more launch -> whether the curve must be drawn again."""
         point = self.points.get(rows)
         if point is None:
             point = self.points[rows] = Point(value_log)
         else:
             point.add(value_log)
         mean, spread = self.drawn.get(rows, (float("inf"), 0.0))
-        if abs(point.mean_log - mean) + Z90 * abs(sqrt(point.variance_log) - spread) > REDRAWN_AT:
+        moved = abs(point.mean_log - mean) + Z90 * abs(sqrt(point.variance_log) - spread) > REDRAWN_AT
+        if moved:
             self.clear()
+        return moved
 
     def clear(self) -> None:
         """The points have changed."""
@@ -158,7 +160,10 @@ class CostModel:
     def __init__(self) -> None:
         self._curves: dict[tuple[str, str], Curve] = {}
         self._speed_log = 0.0
-        self._factor = 1.0
+        self.factor = 1.0
+        """The common speed: what is drawn is multiplied by it."""
+        self.derived: dict[tuple[Any, ...], float] = {}
+        """What others have computed from curves, without the factor; empty again when a curve has moved."""
 
     def observe(self, kind: str, shape: str, rows: int, seconds: float) -> None:
         """A launch took `seconds`. ValueError unless rows >= 1 and 0 < seconds < inf."""
@@ -167,10 +172,12 @@ class CostModel:
         if curve is None:
             curve = self._curves[kind, shape] = Curve()
         elif rows in curve.points:
-            surprise = log(seconds / self.predict(kind, shape, rows))
+            p50_s, _, factor = self.curve(kind, shape, rows)
+            surprise = log(seconds / (p50_s[rows - 1] * factor))
             self._speed_log = self._speed_log * (1 - 1 / SPEED_HOLD) + surprise / SPEED_MEMORY
-            self._factor = exp(self._speed_log)
-        curve.observe(rows, log(seconds) - self._speed_log)
+            self.factor = exp(self._speed_log)
+        if curve.observe(rows, log(seconds) - self._speed_log):
+            self.derived.clear()
 
     def give(self, kind: str, shape: str, rows: int, seconds: float, *, p90_s: float | None = None) -> None:
         """A cost from elsewhere (a bench, a data sheet), to be replaced by what is measured here."""
@@ -179,6 +186,7 @@ class CostModel:
         curve = self._curves.setdefault((kind, shape), Curve())
         curve.points[rows] = Point(log(seconds) - self._speed_log, spread**2, PRIOR_LAUNCHES)
         curve.clear()
+        self.derived.clear()
 
     def predict(self, kind: str, shape: str, rows: int, quantile: float = 0.5) -> float:
         """Seconds of a launch of so many rows; quantile: 0.5 or 0.9. LookupError if kind and shape are unknown."""
@@ -194,13 +202,13 @@ class CostModel:
 
         It is what `predict` says, many rows at once; LookupError as there.
         """
-        try:
-            curve = self._curves[kind, shape]
-        except KeyError:
-            raise LookupError(f"no cost of {kind!r} for shape {shape!r}: launch it once, or give one") from None
+        curve = self._curves.get((kind, shape))
+        if curve is None:
+            raise LookupError(f"no cost of {kind!r} for shape {shape!r}: launch it once, or give one")
         if rows > len(curve.p50_s):
             curve.draw(max(rows, DRAWN_ROWS))
-        return curve.p50_s, curve.p90_s, self._factor
+            self.derived.clear()
+        return curve.p50_s, curve.p90_s, self.factor
 
     def known(self, kind: str, shape: str) -> bool:
         """Whether `predict` has an answer."""
@@ -230,6 +238,7 @@ class CostModel:
                     weight = min(point.launches, PRIOR_LAUNCHES)
                     ours.points[rows] = Point(point.mean_log + offset, point.variance_log, weight)
             ours.clear()
+        self.derived.clear()
 
     def values(self) -> dict[str, Any]:
         """Everything, for JSON."""

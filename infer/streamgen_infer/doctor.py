@@ -255,6 +255,7 @@ def model() -> Iterator[Check]:
 def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
     """What a model that is not loaded needs, and how it fits each device (or the one that is named)."""
     from streamgen.pipeline import DTYPES
+    from streamgen.quantised_linear import bytes_saved
     from streamgen_infer.models import fit
     from streamgen_infer.models.fit_sizes import read_sizes
 
@@ -274,6 +275,9 @@ def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
         for what, value in fit.rows(needs):
             yield Check(f"{name} {what}", "ok", fit.gigabytes(value))
         yield Check(f"{name} one stream", "ok", fit.gigabytes(needs.peak(1)))
+        small = needs.peak(1) - bytes_saved(sizes.transformer, DTYPES[name].itemsize)
+        how = f"{fit.gigabytes(small)} once it is loaded: weights become bytes one layer after the other"
+        yield Check(f"{name} with --weights-dtype int8", "ok", how)
     for place in found:
         choice = fit.choose(sizes, place, dtype)
         if choice is None:
@@ -294,7 +298,7 @@ def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
 def kernels_on(device: str | None) -> Iterator[Check]:
     """Every kernel and attention backend against its reference on a device, and which of them run."""
     from streamgen.attention import BACKENDS
-    from streamgen.ops import select
+    from streamgen.kernel_choice import ops_for
     from streamgen_infer.kernels_check import Row, check_kernels, usable_device
 
     place = usable_device(device)
@@ -307,7 +311,7 @@ def kernels_on(device: str | None) -> Iterator[Check]:
         right = all(row.ok for row in tried)
         advice = "" if right else "do not choose it on this device, and report it"
         yield Check(name, "ok" if right else "fail", "; ".join(f"{row.dtype} {row.found}" for row in tried), advice)
-    modules = sorted(set(select().active().values()))
+    modules = sorted(set(ops_for("auto", place).active().values()))
     yield Check("runs", "ok", f"operations: {', '.join(modules)}; attention: auto, {BACKENDS['auto'].limits}")
 
 

@@ -6,15 +6,18 @@ alone. A change that turns the stream back (seek, a prompt at the playhead) is n
 
 from __future__ import annotations
 
+import json
 import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from streamgen.errors import UserError
+from streamgen.pipeline import StreamPipeline
 from streamgen.rollout import frames_to_recache
 from streamgen.stream import Snapshot, Stream
+from streamgen.weights import user_errors
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.engine import Work
 from streamgen_infer.pacing import MediaClock
@@ -46,6 +49,45 @@ class InProgress:
     steps_chosen: bool = False
 
 
+def new_stream(pipe: StreamPipeline, request: StreamRequest) -> Stream:
+    """The stream that a request asks for; UserError for what is wrong with it, before any weight is touched."""
+    geometry, blocks = pipe.geometry, None
+    if request.max_seconds is not None:
+        seconds = request.max_seconds * (request.fps or geometry.fps) / geometry.fps
+        blocks = max(geometry.blocks_for_seconds(seconds), 1)
+    if request.saved is not None:
+        with user_errors("the saved state"):
+            _check_saved(pipe, request.saved)
+        return pipe.resume(request.saved, max_blocks=blocks)
+    return pipe.stream(request.prompt, seed=request.seed, steps=request.steps, cache=request.cache, max_blocks=blocks)
+
+
+def _check_saved(pipe: StreamPipeline, saved: Mapping[str, Any]) -> None:
+    """UserError for a state that cannot share launches with other streams: all are of one geometry, one set of
+    weights, and make block after block.
+    """
+    visibility = saved.get("visibility", Stream.visibility)
+    if visibility != Stream.visibility:
+        raise UserError(f"the state is of a stream with visibility {visibility}: live are clean ones only")
+    loras = saved.get("adapters", {}).get("changes", [[0, {}, None]])
+    if loras != [[0, pipe.loras, None]]:
+        names = ", ".join(sorted({name for _, strengths, _ in loras for name in strengths})) or "none"
+        raise UserError(
+            f"the state has other LoRA files ({names}) than the model here ({', '.join(pipe.loras) or 'none'}), whose "
+            "weights all live streams share: go on with streamgen stream --resume"
+        )
+    made, own = (json.loads(json.dumps(one)) for one in (saved["geometry"], asdict(pipe.geometry)))
+    other = [name for name in own if name in made and made[name] != own[name]]
+    if other == ["first_block_frames"]:
+        raise UserError(
+            "the state began with an image as a block of its own, as no live stream does: go on with streamgen stream "
+            "--resume"
+        )
+    if other:
+        listed = ", ".join(f"{name} {made[name]} instead of {own[name]}" for name in other)
+        raise UserError(f"the state is of another geometry than this model ({listed}): use the model that made it")
+
+
 class LiveStream:
     """Made by `Runtime.open`."""
 
@@ -61,8 +103,6 @@ class LiveStream:
         on_block: OnBlock,
         on_event: OnEvent,
     ) -> None:
-        if stream.geometry != stream.pipe.geometry:
-            raise UserError("the state began with an image as a block of its own; resume it with streamgen stream")
         self.id, self.pipe, self.geometry = id, stream.pipe, stream.pipe.geometry
         self.stream, self.work, self.request = stream, Work(stream), request
         self.fps = request.fps or self.geometry.fps

@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
-from streamgen.stream import Stream
 from streamgen.timeline import Cue
-from streamgen_infer.admission import Limits, Load, Memory, admit
+from streamgen_infer.admission import Limits, Memory, admit
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.engine import Engine, Work
-from streamgen_infer.live_stream import InProgress, LiveStream, OnBlock, OnEvent
-from streamgen_infer.machine import memory_mb
+from streamgen_infer.live_costs import StreamCosts, half_of_free_memory, warm_up
+from streamgen_infer.live_stream import InProgress, LiveStream, OnBlock, OnEvent, new_stream
 from streamgen_infer.requests import (
     LATE,
     EventKind,
@@ -39,9 +38,6 @@ Told = tuple[LiveStream, StreamEvent]
 
 CHECKPOINT_BYTES = 64 << 20
 """Per stream, for turning back."""
-WARM_UP_ROWS = (1, 2, 4)
-UNKNOWN_MEMORY_BYTES = 4 << 30
-"""Taken for streams where the system does not say what is free."""
 
 
 class Runtime:
@@ -66,11 +62,9 @@ class Runtime:
         self.pipe, self.engine = pipe, Engine(pipe)
         self.costs = costs or CostModel()
         self.rules, self.limits = Rules(), Limits(most_streams=max_streams)
-        self.admission, self.checkpoint_bytes = admission, checkpoint_bytes
-        self.memory_bytes = _half_of_free_memory() if memory_bytes is None else memory_bytes
+        self.admission, self.sizes = admission, StreamCosts(pipe, checkpoint_bytes)
+        self.memory_bytes = half_of_free_memory() if memory_bytes is None else memory_bytes
         self._warm_up_prompt = warm_up_prompt
-        self._codec_bytes = 0
-        """Of one stream's codec state, as the warm-up found it."""
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         """What ended the thread, if anything did."""
@@ -86,7 +80,7 @@ class Runtime:
 
     def start(self) -> None:
         """Warm up and measure on the calling thread, then run."""
-        self._warm_up()
+        warm_up(self.engine, self.costs, self.sizes, self._warm_up_prompt, self.limits.most_streams)
         self._thread.start()
         self.ready.set()
 
@@ -97,16 +91,16 @@ class Runtime:
         """
         if not self.ready.is_set():
             raise UserError("the runtime is not ready yet: it is warming up")
-        stream = self._stream(request)
+        stream = new_stream(self.pipe, request)
         with self._lock:
             if self._closing:
                 raise Refused("streams", "the runtime is closing", retry_after_s=10.0, numbers={})
-            load = self._load(request, stream)
+            load = self.sizes.load(request, stream)
             due_s = self._now() + request.start_s
             if self.admission:
                 verdict = admit(
                     self._now(),
-                    [self._load(live.request, live.stream, live) for live in self._streams.values()],
+                    [self.sizes.load(live.request, live.stream, live) for live in self._streams.values()],
                     load,
                     self.costs,
                     Memory(total_bytes=self.memory_bytes),
@@ -124,7 +118,7 @@ class Runtime:
                 id=f"s{next(self._numbers)}",
                 lock=self._lock,
                 now=self._now,
-                checkpoints=Checkpoints(self.checkpoint_bytes, self._dense(request)),
+                checkpoints=Checkpoints(self.sizes.checkpoint_bytes, self.sizes.dense(request)),
                 on_block=on_block,
                 on_event=on_event,
             )
@@ -179,7 +173,7 @@ class Runtime:
             if self._closing:
                 return False
             ended = self._settle()
-            views = [live.view(self._shape, self.pipe.scheduler.trained_steps) for live in self._streams.values()]
+            views = [live.view(self.sizes.shape, self.pipe.scheduler.trained_steps) for live in self._streams.values()]
             decision = choose(self._now(), views, self.costs, self.rules)
             if isinstance(decision, Wait):
                 if not ended:
@@ -247,7 +241,7 @@ class Runtime:
         if launch.kind in ("decode", "preview"):
             self._decode(launch, lives)
             return
-        shape = self._shape(lives[0].stream.state.position)
+        shape = self.sizes.shape(lives[0].stream.state.position)
         started_s = self._now()
         failed = self._forward([live.work for live in lives])
         took_s = self._now() - started_s
@@ -278,7 +272,7 @@ class Runtime:
         return {place: failed[0] for place, failed in enumerate(alone) if failed}
 
     def _decode(self, launch: Launch, lives: Sequence[LiveStream]) -> None:
-        shape = self._shape(lives[0].stream.state.position)
+        shape = self.sizes.shape(lives[0].stream.state.position)
         started_s = self._now()
         failures: list[tuple[LiveStream, Exception]] = []
         told: list[Told] = []
@@ -368,82 +362,3 @@ class Runtime:
         except Exception:  # noqa: BLE001 (printed; the stream ends by it)
             traceback.print_exc()
             live.close()
-
-    # What a stream is and costs.
-
-    def _stream(self, request: StreamRequest) -> Stream:
-        geometry = self.pipe.geometry
-        blocks = None
-        if request.max_seconds is not None:
-            seconds = request.max_seconds * (request.fps or geometry.fps) / geometry.fps
-            blocks = max(geometry.blocks_for_seconds(seconds), 1)
-        if request.saved is not None:
-            stream = self.pipe.resume(request.saved, max_blocks=blocks)
-            if stream.visibility != Stream.visibility:
-                raise UserError(
-                    f"the state is of a stream with visibility {stream.visibility}: live are clean ones only"
-                )
-            return stream
-        return self.pipe.stream(
-            request.prompt, seed=request.seed, steps=request.steps, cache=request.cache, max_blocks=blocks
-        )
-
-    def _shape(self, block: int) -> str:
-        """What cells must have in common to share a launch."""
-        return f"{self.pipe.geometry.block_size(block)} latent frames"
-
-    def _load(self, request: StreamRequest, stream: Stream, live: LiveStream | None = None) -> Load:
-        geometry, fps = self.pipe.geometry, request.fps or self.pipe.geometry.fps
-        frame_bytes = 3 * geometry.height * geometry.width
-        cache = stream.state.cache
-        recent_bytes = 4 * cache.fill()[1] * geometry.latent_channels * geometry.latent_height * geometry.latent_width
-        snapshot_bytes = cache.nbytes() + recent_bytes + self._codec_bytes
-        # The dense snapshots and the first are kept beyond the budget; one more waits for its codec state.
-        checkpoint_bytes = max(self.checkpoint_bytes, (self._dense(request) + 1) * snapshot_bytes) + snapshot_bytes
-        steps = request.steps if live is None else live.fixed_steps
-        return Load(
-            shape=self._shape(1),
-            period_s=geometry.block_pixel_frames(1) / fps,
-            steps=steps or self.pipe.scheduler.trained_steps[0],
-            bytes=cache.nbytes() + checkpoint_bytes + int(request.lead_s * fps * frame_bytes),
-            due_s=0.0 if live is None else live.clock.origin_s,
-        )
-
-    def _dense(self, request: StreamRequest) -> int:
-        """Blocks that a change at the playhead may turn back over: the lead, and the ones at its ends."""
-        period_s = self.pipe.geometry.block_pixel_frames(1) / (request.fps or self.pipe.geometry.fps)
-        return int(request.lead_s / period_s) + 3
-
-    def _warm_up(self) -> None:
-        """Two blocks of 1, 2, 4 streams together: kernels are chosen, memory is touched, costs are known."""
-        for rows in (r for r in WARM_UP_ROWS if r <= self.limits.most_streams):
-            works = [Work(self.pipe.stream(self._warm_up_prompt, seed=seed)) for seed in range(rows)]
-            for block in range(2):
-                for work in works:
-                    work.begin()
-                while works[0].run is not None:
-                    self._timed("forward", self._shape(block), works)
-                    for work in works:
-                        if not work.advanced() and work.finished:
-                            self._timed("decode", self._shape(block), [work])
-            codec = works[0].stream.state.codec or {}
-            self._codec_bytes = sum(tensor.nbytes for tensor in codec.values())
-            if rows == 1:
-                works[0].stream.prompt(self._warm_up_prompt, "recache")
-                works[0].begin()
-                self._timed("recache", self._shape(1), works)
-                if self._shape(0) != self._shape(1):
-                    self.costs.give("recache", self._shape(0), 1, self.costs.predict("recache", self._shape(1), 1))
-
-    def _timed(self, kind: str, shape: str, works: Sequence[Work]) -> None:
-        started_s = time.perf_counter()
-        if kind == "decode":
-            self.engine.decode(works[0])
-        else:
-            self.engine.forward(works)
-        self.costs.observe(kind, shape, len(works), max(time.perf_counter() - started_s, 1e-6))
-
-
-def _half_of_free_memory() -> int:
-    known = memory_mb()
-    return UNKNOWN_MEMORY_BYTES if known is None else int(known[1] * 1e6 / 2)

@@ -10,11 +10,17 @@ Order: least slack first (slack: time that may pass before a cell must start to 
 deadline is lost waits only when it would cost another stream its deadline. Whoever has waited `Rules.max_wait_s` goes
 first, longest wait first, so nobody starves: a stream that could run is in a launch after at most
 `max_wait_s + N x (longest launch)` with N streams on the device, however late it or anybody else is.
+
+By this the schedule follows the load by itself: nothing is switched. A viewer who is alone gets launches of one row,
+one after another (`serial`, the shortest way to a frame and to a new prompt); with more viewers their cells share
+launches (`interleaved` on one device), as far as the measured curve gains by it. Both run under clean visibility, so
+viewers may come and go at any cell. `schedule_choice` is for what cannot be decided from cell to cell: how many devices
+make one stream, and how many of its blocks are in progress, which a prompt then has to wait for.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -88,16 +94,11 @@ class Rules:
     """Who has waited so long goes first."""
 
 
-class _Cell(NamedTuple):
-    """Something that could be launched now."""
+_Cell = tuple[float, float, int, Kind, float, StreamView]
+"""Something that could be launched now, as plain numbers that sort by urgency:
 
-    latest_start_s: float
-    latest_end_s: float
-    """When this pass must have ended so that the rest still meets the deadline (P90)."""
-    order: int
-    kind: Kind
-    since_s: float
-    view: StreamView
+latest start, latest end (when this pass must have ended so that the rest still meets the deadline, P90), order of the
+stream, kind, since when it waits, its stream."""
 
 
 def choose(now_s: float, streams: Sequence[StreamView], costs: CostModel, rules: Rules) -> Launch | Wait:
@@ -105,28 +106,29 @@ def choose(now_s: float, streams: Sequence[StreamView], costs: CostModel, rules:
     cells, wake_s = _cells(now_s, streams, costs, rules)
     if not cells:
         return Wait(wake_s if wake_s < inf else None)
-    cells.sort()
-    seed = _seed(now_s, cells, costs, rules)
-    rows = _rows(now_s, seed, cells, costs, rules)
-    kind, count = seed.kind, len(rows)
+    rows = cells
+    if len(cells) > 1:
+        cells.sort()
+        rows = _rows(now_s, _seed(now_s, cells, costs, rules), cells, costs, rules)
+    kind, shape, count = rows[0][3], rows[0][5].shape, len(rows)
+    p50_s, p90_s, factor = costs.curve(kind, shape, count)
     steps: dict[str, int] = {}
     flags: dict[str, int] = {}
     if kind == "forward":
-        beginning = [cell.view for cell in rows if cell.view.ready == "step" and cell.view.passes_left is None]
+        views = [cell[5] for cell in rows]
+        beginning = [view for view in views if view.passes_left is None and view.ready == "step"]
         if beginning:
             steps = _step_counts(now_s, beginning, streams, costs, rules)
             flags = {view.id: FEWER_STEPS for view in beginning if steps[view.id] < view.trained_steps[0]}
     elif kind != "recache":
-        end_s = now_s + costs.predict(kind, seed.view.shape, count, 0.5)
-        for cell in rows:
+        end_s = now_s + p50_s[count - 1] * factor
+        for _, latest_end_s, _, _, _, view in rows:
             bits = PREVIEW_CODEC if kind == "preview" else 0
-            bits |= REPEATED if end_s > cell.latest_end_s else 0
+            bits |= REPEATED if end_s > latest_end_s else 0
             if bits:
-                flags[cell.view.id] = bits
-    predicted_s = costs.predict(kind, seed.view.shape, count, 0.9)
-    return Launch(
-        kind=kind, streams=tuple(cell.view.id for cell in rows), steps=steps, flags=flags, predicted_s=predicted_s
-    )
+                flags[view.id] = bits
+    ids = tuple([cell[5].id for cell in rows])
+    return Launch(kind=kind, streams=ids, steps=steps, flags=flags, predicted_s=p90_s[count - 1] * factor)
 
 
 def _ready(view: StreamView, now_s: float) -> bool:
@@ -146,37 +148,39 @@ def _ready(view: StreamView, now_s: float) -> bool:
 
 def _cells(now_s: float, streams: Sequence[StreamView], costs: CostModel, rules: Rules) -> tuple[list[_Cell], float]:
     """All that could be launched now, and when the next waiting block may begin (inf: none)."""
-    ready = [_ready(view, now_s) for view in streams]
-    rows = _rows_by_shape(streams, ready, rules)
-    plans: dict[tuple[str, str, int | None], tuple[Kind, float, float]] = {}
     decodes: dict[str, float] = {}
     cells: list[_Cell] = []
+    ready: list[tuple[int, StreamView]] = []
+    rows: dict[str, int] = {}
     wake_s = inf
     for order, view in enumerate(streams):
-        due_s, left, stage = view.decode_due_s, view.passes_left, view.ready
-        if due_s is not None:
+        _, shape, stage, _, _, _, served_s, left, not_before_s, decode_due_s, preview = view
+        if left is None and now_s < not_before_s and stage is not None and not_before_s < wake_s:
+            wake_s = not_before_s
+        if decode_due_s is not None:
             kind: Kind = "decode"
-            if (cost := decodes.get(view.shape)) is None:
-                cost = decodes[view.shape] = costs.predict("decode", view.shape, 1, 0.9)
-            cost_s = cost
-            if view.preview and due_s - cost_s < now_s:
-                kind, cost_s = "preview", costs.predict("preview", view.shape, 1, 0.9)
-            cells.append(_Cell(due_s - cost_s, due_s, order, kind, view.last_served_s, view))
-        if not ready[order]:
-            if stage is not None and left is None and view.not_before_s > now_s:
-                wake_s = min(wake_s, view.not_before_s)
-            continue
-        assert stage is not None
-        open_steps = left is None or stage == "commit"
-        key = view.shape, stage, min(view.trained_steps) if open_steps else left
+            if (cost_s := decodes.get(shape, -1.0)) < 0:
+                cost_s = decodes[shape] = costs.predict("decode", shape, 1, 0.9)
+            if preview and decode_due_s - cost_s < now_s:
+                kind, cost_s = "preview", costs.predict("preview", shape, 1, 0.9)
+            cells.append((decode_due_s - cost_s, decode_due_s, order, kind, served_s, view))
+        elif left is None and now_s < not_before_s and stage != "commit":
+            continue  # most streams, most of the time: the viewer has enough
+        if _ready(view, now_s):
+            ready.append((order, view))
+            rows[shape] = rows.get(shape, 0) + 1
+    plans: dict[tuple[str, str | None, int | tuple[int, ...]], tuple[Kind, float, float]] = {}
+    for order, view in ready:
+        _, shape, stage, due_at_s, _, trained_steps, served_s, left, not_before_s, _, _ = view
+        key = shape, stage, trained_steps if left is None or stage == "commit" else left
         plan = plans.get(key)
         if plan is None:
-            plan = plans[key] = _plan(view, costs, rows[view.shape])
+            plan = plans[key] = _plan(view, costs, min(rows[shape], rules.max_rows))
         kind, cost_s, rest_s = plan
-        waits = left is None and stage != "commit" and view.not_before_s > view.last_served_s
-        since_s = view.not_before_s if waits else view.last_served_s
-        end_s = view.due_at_s - rest_s
-        cells.append(_Cell(end_s - cost_s, end_s, order, kind, since_s, view))
+        # A block that begins waits since it may.
+        since_s = not_before_s if left is None and not_before_s > served_s and stage != "commit" else served_s
+        end_s = due_at_s - rest_s
+        cells.append((end_s - cost_s, end_s, order, kind, since_s, view))
     return cells, wake_s
 
 
@@ -191,38 +195,37 @@ def _plan(view: StreamView, costs: CostModel, rows: int) -> tuple[Kind, float, f
     return kind, costs.predict(kind, view.shape, 1, 0.9), rest_s
 
 
-def _rows_by_shape(streams: Sequence[StreamView], ready: Sequence[bool], rules: Rules) -> dict[str, int]:
-    """How many rows a launch of each shape will likely have."""
-    rows: dict[str, int] = {}
-    for view, is_ready in zip(streams, ready, strict=True):
-        rows[view.shape] = rows.get(view.shape, 0) + is_ready
-    return {shape: min(max(1, count), rules.max_rows) for shape, count in rows.items()}
-
-
 def chain_s(costs: CostModel, shape: str, passes: int, rows: int) -> float:
     """P90 of the time of `passes` forward passes and a decode, one after another, each shared by `rows` streams.
 
     Times are taken as independent, so the distances from median to P90 add as squares.
     """
-    pass_p50, pass_p90, factor = costs.curve("forward", shape, rows)
-    decode_p50, decode_p90, _ = costs.curve("decode", shape, rows)
-    pass_s, decode_s = pass_p50[rows - 1], decode_p50[rows - 1]
-    pass_gap_s, decode_gap_s = pass_p90[rows - 1] - pass_s, decode_p90[rows - 1] - decode_s
-    return factor * (passes * pass_s + decode_s + sqrt(passes * pass_gap_s**2 + decode_gap_s**2))
+    key = shape, passes, rows
+    known_s = costs.derived.get(key)
+    if known_s is None:
+        pass_p50, pass_p90, _ = costs.curve("forward", shape, rows)
+        decode_p50, decode_p90, _ = costs.curve("decode", shape, rows)
+        pass_s, decode_s = pass_p50[rows - 1], decode_p50[rows - 1]
+        pass_gap_s, decode_gap_s = pass_p90[rows - 1] - pass_s, decode_p90[rows - 1] - decode_s
+        known_s = passes * pass_s + decode_s + sqrt(passes * pass_gap_s**2 + decode_gap_s**2)
+        costs.derived[key] = known_s
+    return costs.factor * known_s
 
 
 def _seed(now_s: float, cells: Sequence[_Cell], costs: CostModel, rules: Rules) -> _Cell:
-    """The cell that must run now; `cells` are sorted by their latest start."""
-    longest = min(cells, key=lambda cell: (cell.since_s, cell.order))
-    if now_s - longest.since_s > rules.max_wait_s:
-        return longest
+    """The cell that must run now; `cells` are sorted."""
+    if now_s - min([cell[4] for cell in cells]) > rules.max_wait_s:
+        return min(cells, key=lambda cell: (cell[4], cell[2]))
     first = cells[0]
-    if first.latest_start_s >= now_s:
+    if first[0] >= now_s:
         return first
     # Its deadline is lost: the picture stands still already. It goes first while nobody else loses his by that.
-    urgent = next((cell for cell in cells if cell.latest_start_s >= now_s), None)
-    end_s = now_s + costs.predict(first.kind, first.view.shape, 1, 0.9)
-    return first if urgent is None or urgent.latest_start_s >= end_s else urgent
+    at = bisect_left(cells, (now_s,))
+    if at == len(cells):
+        return first
+    urgent = cells[at]
+    end_s = now_s + costs.predict(first[3], first[5].shape, 1, 0.9)
+    return first if urgent[0] >= end_s else urgent
 
 
 def _rows(now_s: float, seed: _Cell, cells: Sequence[_Cell], costs: CostModel, rules: Rules) -> list[_Cell]:
@@ -231,31 +234,41 @@ def _rows(now_s: float, seed: _Cell, cells: Sequence[_Cell], costs: CostModel, r
     All counts are tried, not one more at a time: on a GPU the curve has plateaus. Rows that gain nothing stay out, for
     the others would wait for them.
     """
-    kind, shape = seed.kind, seed.view.shape
-    peers = [cell for cell in cells if cell.kind == kind and cell.view.shape == shape and cell is not seed]
-    if seed.latest_start_s >= now_s:
-        peers.sort(key=lambda cell: (cell.latest_start_s < now_s, cell))
+    kind, shape = seed[3], seed[5].shape
+    peers = [cell for cell in cells if cell[3] == kind and cell[5].shape == shape and cell is not seed]
+    if not peers:
+        return [seed]
+    if seed[0] >= now_s and peers[0][0] < now_s:  # those whose deadline is lost come last
+        held = bisect_left(peers, (now_s,))
+        peers = peers[held:] + peers[:held]
     peers = [seed, *peers][: rules.max_rows]
-    if len(peers) == 1:
-        return peers
     p50_s, p90_s, factor = costs.curve(kind, shape, len(peers))
-    alone_s = now_s + factor * p90_s[0]
-    chosen = {id(cell) for cell in peers}
     # What a launch of one row would break already is no reason to keep others out.
-    bound_s = min((c.latest_start_s for c in cells if id(c) not in chosen and c.latest_start_s >= alone_s), default=inf)
-    outside = list(accumulate(reversed([c.latest_start_s if c.latest_start_s >= alone_s else inf for c in peers]), min))
-    best, best_rate, inside_s = 1, 1 / p50_s[0], inf
-    for count, cell in enumerate(peers, 1):
-        if cell.latest_end_s >= alone_s:
-            inside_s = cell.latest_end_s if cell.latest_end_s < inside_s else inside_s
-        others_s = outside[len(peers) - count - 1] if count < len(peers) else inf
+    alone_s = now_s + factor * p90_s[0]
+    bound_s = _earliest_outside(cells[bisect_left(cells, (alone_s,)) :], peers)
+    # Of the rows behind the first `count`, the earliest that is not broken already.
+    others = [inf] * (len(peers) + 1)
+    for at in range(len(peers) - 1, 0, -1):
+        start_s = peers[at][0]
+        others[at] = start_s if alone_s <= start_s < others[at + 1] else others[at + 1]
+    best, best_rate, inside_s = 1, 1 / p50_s[0], bound_s
+    for count, (_, latest_end_s, *_) in enumerate(peers, 1):
+        if alone_s <= latest_end_s < inside_s:
+            inside_s = latest_end_s
         end_s = now_s + factor * p90_s[count - 1]
-        if end_s > bound_s or end_s > inside_s or end_s > others_s:
-            continue
-        rate = count / p50_s[count - 1]
-        if rate > best_rate * WORTHWHILE:
-            best, best_rate = count, rate
+        if end_s > inside_s:  # with more rows it ends no sooner
+            break
+        if end_s <= others[count] and count / p50_s[count - 1] > best_rate * WORTHWHILE:
+            best, best_rate = count, count / p50_s[count - 1]
     return peers[:best]
+
+
+def _earliest_outside(cells: Sequence[_Cell], peers: Sequence[_Cell]) -> float:
+    """The latest start of the first of `cells` that is none of `peers`; inf if there is none."""
+    for cell in cells:
+        if not any(cell is peer for peer in peers):
+            return cell[0]
+    return inf
 
 
 def _step_counts(
@@ -270,7 +283,7 @@ def _step_counts(
     counts = {view.id: view.trained_steps[0] for view in beginning if len(view.trained_steps) == 1}
     if len(counts) == len(beginning):
         return counts
-    demand = _Demand(now_s, streams, costs, rules)
+    demand = _Demand(now_s, streams, costs, rules, max([view.due_at_s for view in beginning]))
     for view in beginning:
         if view.id in counts:
             continue
@@ -281,42 +294,48 @@ def _step_counts(
 
 
 class _Demand:
-    """Time that the device needs for all that is due by some moment."""
+    """Time that the device needs for all that is due by some moment, `latest_s` at most."""
 
-    def __init__(self, now_s: float, streams: Sequence[StreamView], costs: CostModel, rules: Rules) -> None:
+    def __init__(
+        self, now_s: float, streams: Sequence[StreamView], costs: CostModel, rules: Rules, latest_s: float
+    ) -> None:
         self.costs = costs
-        self.rows = _rows_by_shape(streams, [view.ready is not None for view in streams], rules)
-        shares: dict[str, tuple[float, float]] = {}
-        for shape, rows in self.rows.items():
-            pass_s, decode_s = (costs.predict(kind, shape, rows, 0.5) / rows for kind in ("forward", "decode"))
-            shares[shape] = pass_s, decode_s
-        self.shares = shares
+        counts: dict[str, int] = {}
+        for view in streams:
+            counts[view[1]] = counts.get(view[1], 0) + (view[2] is not None)
+        self.shapes: dict[str, tuple[int, float, float, float, float]] = {}
+        """Rows of a launch, P50 and P90 of a pass, a row's share of a pass and of a decode."""
+        for shape, count in counts.items():
+            rows = min(max(1, count), rules.max_rows)
+            p50_s, p90_s, factor = costs.curve("forward", shape, rows)
+            pass_s, late_s = p50_s[rows - 1] * factor, p90_s[rows - 1] * factor
+            decode_s = costs.predict("decode", shape, rows)
+            self.shapes[shape] = rows, pass_s, late_s, pass_s / rows, decode_s / rows
         works: list[tuple[float, float, float]] = []
         for view in streams:
-            pass_s, decode_s = shares[view.shape]
-            if view.decode_due_s is not None:
-                works.append((view.decode_due_s, decode_s, 0.0))
-            if view.ready is None:
+            _, shape, ready, due_at_s, period_s, trained_steps, _, left, _, decode_due_s, _ = view
+            if decode_due_s is not None and decode_due_s <= latest_s:
+                works.append((decode_due_s, self.shapes[shape][4], 0.0))
+            if due_at_s > latest_s or ready is None:
                 continue
-            usual = view.trained_steps[0]
-            left = usual if view.passes_left is None or view.ready == "commit" else view.passes_left
-            extra_s = pass_s if view.ready == "commit" else 0.0
-            if view.ready == "recache":
-                extra_s = costs.predict("recache", view.shape, 1, 0.5)
-            rate = ((usual + 1) * pass_s + decode_s) / view.period_s
-            works.append((view.due_at_s, left * pass_s + extra_s + decode_s, rate))
+            _, _, _, pass_s, decode_s = self.shapes[shape]
+            usual = trained_steps[0]
+            if left is None or ready == "commit":
+                left = usual
+            extra_s = pass_s if ready == "commit" else 0.0
+            if ready == "recache":
+                extra_s = costs.predict("recache", shape, 1, 0.5)
+            rate = ((usual + 1) * pass_s + decode_s) / period_s
+            works.append((due_at_s, left * pass_s + extra_s + decode_s, rate))
         works.sort()
         self.dues_s = [due_s for due_s, _, _ in works]
-        self.fixed_s = list(accumulate((work_s - rate * due_s for due_s, work_s, rate in works), initial=0.0))
-        self.rates = list(accumulate((rate for _, _, rate in works), initial=0.0))
+        self.fixed_s = list(accumulate([work_s - rate * due_s for due_s, work_s, rate in works], initial=0.0))
+        self.rates = list(accumulate([rate for _, _, rate in works], initial=0.0))
 
     def finish_s(self, view: StreamView, steps: int) -> float:
         """P90 of the time until the block of `view`, which begins now, is decoded after so many steps."""
-        pass_s, _ = self.shares[view.shape]
-        rows = self.rows[view.shape]
+        rows, median_s, late_s, pass_s, _ = self.shapes[view.shape]
         due = bisect_right(self.dues_s, view.due_at_s)
         work_s = self.fixed_s[due] + self.rates[due] * view.due_at_s - (view.trained_steps[0] - steps) * pass_s
-        median_s = self.costs.predict("forward", view.shape, rows, 0.5)
-        gap_s = self.costs.predict("forward", view.shape, rows, 0.9) - median_s
-        work_s += sqrt(max(work_s, 0.0) / median_s) * gap_s
+        work_s += sqrt(max(work_s, 0.0) / median_s) * (late_s - median_s)
         return max(work_s, chain_s(self.costs, view.shape, steps, rows))

@@ -20,13 +20,17 @@ from streamgen_infer import protocol as p
 from streamgen_infer.serve import saving
 from streamgen_infer.serve.connection import Connection
 from streamgen_infer.serve.frame_encoders import FrameEncoder
+from streamgen_infer.serve.give_back import give_back
 from streamgen_infer.serve.limits import Quota, ServeSettings
 from streamgen_infer.serve.metrics import ServeMetrics
 from streamgen_infer.serve.session import Session
 from streamgen_infer.serve.session_state import LIVE, OVER, Engine
+from streamgen_infer.serve.waiting_line import Turn, WaitingLine, open_in_turn
 
 log = logging.getLogger("streamgen.serve")
 TICK_S = 0.25
+GIVE_BACK_S = 10.0
+"""Between two times that freed memory is given back to the system."""
 CLIP_S = 600.0
 """So long a recording can be fetched."""
 
@@ -70,7 +74,9 @@ class FrameServer:
         self.connections: set[Connection] = set()
         self.branches: dict[str, Kept] = {}
         self.clips: dict[str, Clip] = {}
+        self.line = WaitingLine(settings.waiting)
         self._saved_s: dict[str, float] = {}
+        self._freed, self._gave_back_s = False, clock()
         self._poke = asyncio.Event()
         """Look now: there is something to save."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -128,6 +134,7 @@ class FrameServer:
         if self.draining:
             return
         self.draining = True
+        self.line.wake_all()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -170,8 +177,8 @@ class FrameServer:
         assert self.engine is not None
         return self.engine
 
-    async def begin(self, start: p.Start, quota: Quota) -> Session:
-        """A new session; Refusal with the reason if there is none to be had."""
+    async def begin(self, start: p.Start, quota: Quota, turn: Turn | None = None) -> Session:
+        """A new session; Refusal with the reason if there is none to be had. turn: wait for it, if that may help."""
         engine = self._check_ready()
         mine = [one for one in self.sessions.values() if one.owner == quota.owner and one.life.state not in OVER]
         if len(mine) >= quota.sessions:
@@ -185,7 +192,8 @@ class FrameServer:
         session = self._new_session(start, quota.owner)
         self.sessions[session.id] = session
         try:
-            await session.open(engine, None if kept is None else kept.state)
+            state = None if kept is None else kept.state
+            await open_in_turn(session, engine, state, self.line, turn, check=self._check_ready)
             if kept is not None and start.prompt is not None:
                 change = p.Interaction(event_id="start", event=p.Event(prompt=start.prompt))
                 await session.handle(p.Interact(type="session.interaction", interaction=change))
@@ -223,20 +231,29 @@ class FrameServer:
         await session.handle(message)
 
     async def left(self, connection: Connection, session: Session) -> None:
-        """A connection is gone: a session that is over goes with it, another waits to be resumed."""
+        """A connection is gone: a session that is over goes with it, another waits to be resumed.
+
+        One that came to its own end waits too: its last frames may have been lost with the connection.
+        """
         session.detach(connection)
-        if session.life.state in OVER and not session.answers:
+        if session.finished and session.queue.sent:
+            await session.close()  # the frames alone are kept
+            self.line.poke()
+        elif session.life.state in OVER and not session.answers:
             await self._forget(session)
 
     async def end(self, session: Session) -> None:
         """On behalf of its owner."""
         session.stopped = True
         await session.close()
+        self.line.wake_all()  # it may be among those who wait
         if session.connection is None:
             await self._forget(session)
 
     async def _forget(self, session: Session) -> None:
         await session.close()
+        self._freed = True
+        self.line.poke()
         if not self.draining:
             self.sessions.pop(session.id, None)
             self._saved_s.pop(session.id, None)
@@ -293,12 +310,18 @@ class FrameServer:
                 await asyncio.wait_for(self._poke.wait(), TICK_S)
             self._poke.clear()
             self._drop_clips()
-            for session in list(self.sessions.values()):
-                try:
-                    await self._check_time(session)
-                    await self._save_in_time(session)
-                except Exception:  # the watch over the others goes on
-                    log.exception("a session could not be looked after", extra={"session": session.id})
+            await self._look_after_sessions()
+            if self._freed and self.clock() - self._gave_back_s > GIVE_BACK_S:
+                self._freed, self._gave_back_s = False, self.clock()
+                await asyncio.to_thread(give_back)
+
+    async def _look_after_sessions(self) -> None:
+        for session in list(self.sessions.values()):
+            try:
+                await self._check_time(session)
+                await self._save_in_time(session)
+            except Exception:  # the watch over the others goes on
+                log.exception("a session could not be looked after", extra={"session": session.id})
 
     def _drop_clips(self) -> None:
         for name, clip in list(self.clips.items()):

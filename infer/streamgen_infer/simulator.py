@@ -231,7 +231,7 @@ class _Run:
             self.watch.launch(now_s, device.index, device.views, decision)
         rows = len(decision.streams)
         shape = device.streams[decision.streams[0]].viewers.shape
-        time_factor, lot = device.noise(self.scenario.noise)
+        time_factor, lot = device.noise(self.scenario.noise, self.scenario.factors)
         took_s = self.truth.predict(decision.kind, shape, rows, 0.5) * time_factor * device.factor
         device.launch, device.began_s = decision, now_s
         failed = lot < self.scenario.faults.failures
@@ -242,6 +242,9 @@ class _Run:
 
         Their number is the most that the device has held: those that were before it may have gone since."""
         longest_s = self.now_s - self.scenario.rules.max_wait_s
+        if device.served_s >= longest_s:
+            return
+        device.served_s = min([view.last_served_s for view in device.views])
         for stream, view in zip(device.order, device.views, strict=True):
             if view.last_served_s >= longest_s:
                 continue

@@ -62,7 +62,14 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
 
     saved = None if options.resume is None else load_tree(options.resume, STATE_MARK)
     dtype = saved.get("dtype", "auto") if saved is not None and options.dtype == "auto" else options.dtype
-    pipe = StreamPipeline.from_pretrained(options.model, device=options.device, dtype=dtype, threads=options.threads)
+    pipe = StreamPipeline.from_pretrained(
+        options.model,
+        device=options.device,
+        dtype=dtype,
+        threads=options.threads,
+        ops=options.ops,
+        weights_dtype=options.weights_dtype or (saved or {}).get("weights_dtype"),
+    )
     fps = options.fps or (saved or {}).get("geometry", {}).get("fps") or pipe.geometry.fps
     pipe.geometry = dataclasses.replace(pipe.geometry, fps=fps)
     for lora in request.loras:
@@ -80,7 +87,8 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
             one = cast("Stream", stream)  # `check` saw to it
             transition = "recache" if options.transition == "blend" else options.transition
             strengths = {} if adapter is None or name is None else {name: adapter.strength}
-            one.use_loras(strengths, transition, at_block=one.geometry.block_at_seconds(shown_s + at_s))
+            block = max(one.geometry.block_at_seconds(shown_s + at_s), one.made_blocks)  # frames of it may be waiting
+            one.use_loras(strengths, transition, at_block=block)
     sink = Sink(request.output, Video(height=pipe.geometry.height, width=pipe.geometry.width, fps=fps), options.scale)
     figures = StreamFigures(fps=fps, accepted_s=accepted_s)
     run = _Run(request, stream, tail, sink, figures, view)
@@ -128,6 +136,7 @@ def _settings(request: Request, stream: Stream | PipedStream) -> dict[str, Any]:
     from streamgen.pipeline import DTYPES
 
     options, pipe = request.options, stream.pipe
+    stored_as = None if options.ranks > 1 else cast("Stream", stream).state.cache.stored_as
     return {
         "model": options.model,
         "prompt": stream.timeline.prompts[0].prompt,
@@ -142,6 +151,9 @@ def _settings(request: Request, stream: Stream | PipedStream) -> dict[str, Any]:
         "media_fps": pipe.geometry.fps,
         "device": str(pipe.device),
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == pipe.dtype),
+        "cache_dtype": stored_as or pipe.dtype_name,
+        "weights_dtype": pipe.weights_dtype or pipe.dtype_name,
+        "ops": pipe.transformer.ops.backend,
         "threads": torch.get_num_threads(),
         "seed": stream.seed,
         "ranks": options.ranks,
@@ -198,6 +210,7 @@ def _open_stream(
         ):
             if given is not None and given != kept:
                 raise UserError(f"{name} {given}: the saved stream goes on with {kept}; leave the option out")
+        _check_loras(stream, request)
         if "tail" in saved:
             tail = saved["tail"].numpy()
         waiting, geometry = 0 if tail is None else len(tail), _geometry(stream)
@@ -214,6 +227,18 @@ def _open_stream(
             warn(f"two prompts fall on the block at {receipt.seconds - shown_s:g} s; the later one is shown: {prompt}")
         before = receipt
     return stream, tail, shown_s
+
+
+def _check_loras(stream: Stream, request: Request) -> None:
+    """A saved stream goes on with the adapters that it had; --lora gives it their files."""
+    given = {lora.path.stem: lora.strength for lora in request.loras if lora.strength}
+    kept = {name: strength for name, strength in stream.loras.items() if strength}
+    if given != kept:
+        listed = " ".join(f"--lora {name}.safetensors={strength:g}" for name, strength in kept.items())
+        raise UserError(
+            f"the saved stream goes on with {listed or 'no --lora'}; give that (=0 for files of later on), and change "
+            "it with --lora-at 0=FILE"
+        )
 
 
 def _geometry(stream: Stream | PipedStream) -> VideoGeometry:

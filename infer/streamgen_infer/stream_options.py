@@ -15,11 +15,13 @@ from streamgen_infer.sinks import Output, check_output, check_place
 
 SCHEDULES = ("serial", "stream_batch", "step_chain", "layer_ring", "rolling", "interleaved")
 CACHE_DTYPES = ("int8", "fp8")
+WEIGHTS_DTYPES = ("int8",)
 CACHES = ("relative", "window", "ema_sink")
 SPLITS = ("step_chain", "layer_ring")
 """Those that can be spread over ranks."""
 TRANSITIONS = ("cut", "recache", "blend", "scene")
 DTYPES = ("auto", "fp32", "bf16")
+OPS = ("auto", "reference", "triton")
 MAX_SECONDS = 1e7
 MAX_FPS = 240
 MAX_STEPS = 1000
@@ -46,10 +48,12 @@ class Options:
     ranks: int = 1
     cache: str | None = None
     cache_dtype: str | None = None
+    weights_dtype: str | None = None
     transition: str = "recache"
     fps: float | None = None
     device: str = "cpu"
     dtype: str = "auto"
+    ops: str = "auto"
     threads: int | None = None
     scale: int = 1
     realtime: bool = False
@@ -98,18 +102,19 @@ def check(options: Options) -> Request:
     ):
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; it must be {low} to {high}")
-    for name, choice, known in (
+    check_choices(
         ("--schedule", options.schedule, SCHEDULES),
         ("--cache", options.cache, CACHES),
         ("--cache-dtype", options.cache_dtype, CACHE_DTYPES),
+        ("--weights-dtype", options.weights_dtype, WEIGHTS_DTYPES),
         ("--transition", options.transition, TRANSITIONS),
         ("--dtype", options.dtype, DTYPES),
-    ):
-        if choice is not None and choice not in known:
-            raise UserError(f"{name} {choice!r} does not exist; there are: {', '.join(known)}")
+        ("--ops", options.ops, OPS),
+    )
     if options.ranks > 1:
-        if options.cache_dtype is not None:
-            raise UserError("--cache-dtype is for one rank; leave it or --ranks out")
+        for name, given in (("--cache-dtype", options.cache_dtype), ("--weights-dtype", options.weights_dtype)):
+            if given is not None:
+                raise UserError(f"{name} is for one rank; leave it or --ranks out")
         if options.schedule not in SPLITS:
             raise UserError(
                 f"--ranks {options.ranks} needs a schedule that is spread: --schedule {' or '.join(SPLITS)}"
@@ -130,6 +135,13 @@ def check(options: Options) -> Request:
         loras_at=loras_at,
         output=output,
     )
+
+
+def check_choices(*rows: tuple[str, str | None, tuple[str, ...]]) -> None:
+    """Rows of (option, what was chosen, what there is): UserError for a choice that there is not."""
+    for name, choice, known in rows:
+        if choice is not None and choice not in known:
+            raise UserError(f"{name} {choice!r} does not exist; there are: {', '.join(known)}")
 
 
 def parse_seconds(text: str) -> float:

@@ -19,6 +19,7 @@ from streamgen_kernels import (
     norm_rope,
     norm_rope_store,
     quantise,
+    ring_rope,
     sampler_step,
 )
 
@@ -168,6 +169,7 @@ def cases(device: torch.device | str, dtype: torch.dtype, sizes: Sizes = SMALL) 
     example = _Example(torch.device(device), dtype, sizes)
     yield from _passes(example)
     yield from _stores(example)
+    yield from _turns(example)
     yield from _attentions(example)
     yield from _products(example)
     yield from _samplers(example)
@@ -237,6 +239,31 @@ def _stores(e: _Example) -> Iterator[Case]:
             roof="bytes",
             work=5 * qkv[0].nbytes + 2 * qkv[0].numel() * dtype.itemsize,  # q, k, v; queries, raw keys; keys, values
         )
+
+
+def _turns(e: _Example) -> Iterator[Case]:
+    """Part of a ring, as the part before a block is."""
+    tokens = (e.sizes.window_frames - e.sizes.frames) * e.tokens
+    angles = e.normal(tokens, e.sizes.head_dim // 2, dtype=torch.float32)
+    keys = e.ring()
+
+    def run(function: Callable[..., None], ring: Tensor) -> Run:
+        out = torch.zeros_like(ring)
+
+        def turned() -> tuple[Tensor, ...]:
+            function(ring[:, :, -tokens:], angles.cos(), angles.sin(), out[:, :, :tokens])
+            return (out,)
+
+        return turned
+
+    yield Case(
+        name="ring_rope",
+        kernel=run(ring_rope.ring_rope, keys),
+        reference=run(ring_rope.reference, keys.float()),
+        tolerance=TOLERANCES[e.dtype],
+        roof="bytes",
+        work=2 * keys[:, :, -tokens:].numel() * keys.itemsize,
+    )
 
 
 def _attentions(e: _Example) -> Iterator[Case]:

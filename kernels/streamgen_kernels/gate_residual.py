@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamgen_kernels import norm_modulate
 from streamgen_kernels.common import dense_rows
@@ -202,6 +202,24 @@ def gate_residual_norm(
     _check(x_BFSD, y_BFSD, gate=gate, shift=shift, scale=scale)
     out: tuple[Tensor, Tensor] = _norm_op(x_BFSD, y_BFSD, gate, shift, scale, eps)
     return out
+
+
+def residual_norm(
+    x_BFSD: Tensor, y_BFSD: Tensor, gate_BF1D: Tensor, norm: nn.LayerNorm | nn.Identity
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate y -> (x', norm(x')): an affine norm is a modulation by weight - 1, in float32 to lose nothing."""
+    if not isinstance(norm, nn.LayerNorm):
+        x_BFSD = gate_residual(x_BFSD, y_BFSD, gate_BF1D)
+        return x_BFSD, norm(x_BFSD)
+    return gate_residual_norm(x_BFSD, y_BFSD, gate_BF1D, norm.bias, norm.weight.float() - 1, norm.eps)
+
+
+def residual_modulate(
+    x_BFSD: Tensor, y_BFSD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x' = x + y -> (x', LN(x') (1 + scale) + shift)."""
+    one = x_BFSD.new_ones(1, 1, 1, x_BFSD.shape[-1])
+    return gate_residual_norm(x_BFSD, y_BFSD, one, shift_BF1D, scale_BF1D, eps)
 
 
 def _row(row: Tensor, x_BFSD: Tensor) -> Tensor:

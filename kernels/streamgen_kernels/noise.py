@@ -6,6 +6,7 @@ cosine is rounded otherwise and that meets a tie of float32 (about one element i
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -122,3 +123,11 @@ def cell_noise(cells_B4: Tensor, shape: tuple[int, ...]) -> Tensor:
     check_cells(cells_B4, len(cells_B4))
     out: Tensor = _op(cells_B4, math.prod(shape))
     return out.view(-1, *shape)
+
+
+def noise_of_streams(
+    seeds: Sequence[int], block: int, step: int, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """`cell_noise` of one cell of each stream; seeds are 0 to 2^64 - 1."""
+    cells = [[seed & _WORD, seed >> 32, block, step] for seed in seeds]
+    return cell_noise(torch.tensor(cells, dtype=torch.int64, device=device), shape)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamgen.cache.slots import Slots, Turn, turn
 from streamgen.rope import apply_rope, rope_table
 
 
@@ -185,13 +187,13 @@ class KVCache:
         key = tuple(positions)
         if self._table is None or self._table[0] != key:
             cos, sin = rope_table(
-                torch.tensor(key, dtype=torch.float64),
+                torch.tensor(key, dtype=torch.float64, device=self.k.device),
                 self.spec.grid_height,
                 self.spec.grid_width,
                 self.spec.head_dim,
                 self.spec.rope_theta,
             )
-            self._table = key, (cos.to(self.k.device), sin.to(self.k.device))
+            self._table = key, (cos, sin)
         return self._table[1]
 
     def fill(self) -> tuple[int, int]:
@@ -248,6 +250,7 @@ class BlockCache:
             cache.policy.slot(frame - origin, spec.window_frames, spec.sink_frames) for frame in self.visible_frames
         ]
         context = len(slots) - frames
+        self._slots = slots[:context], slots[context:]
         # Runs of neighbouring slots: (slice of the buffer, slice of the block or of the ordered context), in tokens.
         self._context = _runs(slots[:context], spec.tokens_per_frame)
         self._block = _runs(slots[context:], spec.tokens_per_frame)
@@ -289,6 +292,33 @@ class BlockCache:
         self.written.add(layer)
         return read_k[:, :, : self._stop], values[:, :, : self._stop]
 
+    def slots(self, layer: int, turn: Turn = turn) -> Slots | None:
+        """Where a kernel puts this pass's keys and values, in place of `append`; it counts as written.
+
+        None where only `append` will do: in a pass that peeks (and in one with gradients, which the caller sees).
+        """
+        if self.peek:
+            return None
+        cache = self.cache
+        if not cache.policy.stores_rotated and layer not in self._context_rotated:
+            self._rotate_context(layer, turn)
+        self.written.add(layer)
+        raw = None if cache.policy.stores_rotated else cache.k[layer]
+        return Slots(cache.read_k[layer], cache.v[layer], raw, self.places, self._stop)
+
+    @property
+    def is_full(self) -> bool:
+        """Does the block see as many frames as ever one will?"""
+        return len(self.visible_frames) == self.cache.spec.window_frames
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int32 [B, T]: the slot of each of the block's tokens, on the cache's device."""
+        k, tokens = self.cache.k, self.cache.spec.tokens_per_frame
+        first_F = torch.tensor(self._slots[1], dtype=torch.int32, device=k.device) * tokens
+        places_T = (first_F[:, None] + torch.arange(tokens, dtype=torch.int32, device=k.device)).flatten()
+        return places_T.expand(k.shape[1], -1).contiguous()
+
     def _past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys (rotated) and values of the context in time order, a part for each run of slots."""
         cache = self.cache
@@ -311,13 +341,11 @@ class BlockCache:
                 kept.append(torch.cat(parts, 2) if parts else None)
         return frozen
 
-    def _rotate_context(self, layer: int) -> None:
+    def _rotate_context(self, layer: int, turn: Turn = turn) -> None:
         """Rotate the context's keys into the scratch: once per block and layer, for all its passes."""
         cos, sin = self._context_rope
         for slots, tokens in self._context:
-            self.cache.read_k[layer][:, :, slots] = apply_rope(
-                self.cache.k[layer][:, :, slots], cos[tokens], sin[tokens]
-            )
+            turn(self.cache.k[layer][:, :, slots], cos[tokens], sin[tokens], self.cache.read_k[layer][:, :, slots])
         self._context_rotated.add(layer)
 
 

@@ -10,12 +10,14 @@ Letters as in kv.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamgen.cache.kv import BlockCache, CacheSpec, KVCache
+from streamgen.cache.slots import Codes, Slots, Turn, turn
 from streamgen.rope import apply_rope
 
 SCALE_DTYPE = torch.float16
@@ -116,6 +118,25 @@ class QuantisedBlockCache(BlockCache):
             cache.read_v[:, :, slots] = v_BNTK[:, :, tokens]
         self.written.add(layer)
         return cache.read_k[:, :, : self._stop], cache.read_v[:, :, : self._stop]
+
+    def slots(self, layer: int, turn: Turn = turn) -> Slots | None:
+        """As BlockCache.slots. None too where keys are stored un-rotated: those pass through the scratch."""
+        cache = self.cache
+        if self.peek or not cache.policy.stores_rotated:
+            return None
+        self.written.add(layer)
+        scales = cache.k_scale[layer].squeeze(-1), cache.v_scale[layer].squeeze(-1)
+        codes = Codes(*scales, *self.pages, cache.spec.tokens_per_frame)
+        return Slots(cache.k[layer], cache.v[layer], None, self.places, self._stop, codes)
+
+    @cached_property
+    def pages(self) -> tuple[Tensor, Tensor]:
+        """Tokens of the past, int32 [B], and the slots of its frames, int32 [B, window]; beyond them zeros."""
+        spec, (batch, device) = self.cache.spec, (self.cache.k.shape[1], self.cache.k.device)
+        context = self._slots[0]
+        pages_P = torch.tensor([*context, *[0] * (spec.window_frames - len(context))], dtype=torch.int32, device=device)
+        lengths_B = torch.full((batch,), len(context) * spec.tokens_per_frame, dtype=torch.int32, device=device)
+        return lengths_B, pages_P.expand(batch, -1).contiguous()
 
     def _past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the scratch, into which the context is brought back."""

@@ -27,6 +27,7 @@ from streamgen.checkpoints.loading import (
 )
 from streamgen.checkpoints.locate import OUR_CLASS, Parts, is_ours, locate
 from streamgen.checkpoints.names import to_diffusers
+from streamgen.checkpoints.presets import Preset
 from streamgen.checkpoints.sizes import diffusers_settings, original_settings
 from streamgen.checkpoints.tensors import LazyTensors, open_safetensors, save_safetensors
 from streamgen.checkpoints.text_names import text_tensors
@@ -154,6 +155,8 @@ def _write_model(plan: Plan, parts: Parts, weights: Weights) -> list[str]:
     codec_file = parts.vae or parts.small_decoder
     assert codec_file is not None
     preset, notes = choose_preset(plan.preset, weights)
+    if plan.embeddings is not None:
+        _check_negative(plan.embeddings, preset)
     geometry = preset.geometry(weights.config, height=plan.height, width=plan.width)
     with _whole_folder(plan.target) as folder:
         codec = write_codec(codec_file, folder / "codec", geometry, trust_pickle=plan.trust_pickle)
@@ -177,6 +180,28 @@ def _write_model(plan: Plan, parts: Parts, weights: Weights) -> list[str]:
     return [*notes, _summary(plan, weights)]
 
 
+def _check_negative(embeddings: Path, preset: Preset) -> None:
+    """Guidance asks for the negative prompt in every stream."""
+    card = preset.scheduler_config()
+    if card.guidance == 1 or not card.negative_prompt:
+        return
+    sizes = _sizes_of(embeddings)
+    prompts = EmbeddedText(EmbeddedTextConfig(file=str(embeddings), text_len=sizes[0], text_dim=sizes[1])).prompts
+    if card.negative_prompt not in prompts:
+        raise UserError(
+            f"preset {preset.name} has a guidance of {card.guidance:g}, and {embeddings} no row for its negative "
+            f"prompt {card.negative_prompt[:16]!r}... (configs/preset/{preset.name}.yaml): encode that as well"
+        )
+
+
+def _sizes_of(embeddings: Path) -> tuple[int, int]:
+    """(rows, width) of each prompt in a file."""
+    shape = open_safetensors(embeddings).shapes.get("embeddings")
+    if shape is None or len(shape) != 3:
+        raise UserError(f"{embeddings} has no embeddings [prompts, rows, width]")
+    return shape[1], shape[2]
+
+
 def _write_text(plan: Plan, parts: Parts, text_len: int, folder: Path) -> type:
     """The text part of a model folder: safetensors by transformers' names, and the tokenizer."""
     assert parts.text is not None and parts.tokenizer is not None
@@ -184,10 +209,8 @@ def _write_text(plan: Plan, parts: Parts, text_len: int, folder: Path) -> type:
     if plan.embeddings is not None:
         name = f"prompts{plan.embeddings.suffix}"
         shutil.copyfile(plan.embeddings, folder / name)
-        shape = open_safetensors(plan.embeddings).shapes.get("embeddings")
-        if shape is None or len(shape) != 3:
-            raise UserError(f"{plan.embeddings} has no embeddings [prompts, rows, width]")
-        config = EmbeddedTextConfig(file=name, text_len=shape[1], text_dim=shape[2])
+        rows, width = _sizes_of(plan.embeddings)
+        config = EmbeddedTextConfig(file=name, text_len=rows, text_dim=width)
         write_json(folder / "config.json", {"_class_name": EmbeddedText.__name__, **asdict(config)})
         return EmbeddedText
     settings = open_text(parts.text, parts.tokenizer, text_len=text_len, trust_pickle=plan.trust_pickle)

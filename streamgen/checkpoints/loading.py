@@ -20,8 +20,8 @@ from streamgen.checkpoints.text_names import text_sizes, text_tensors
 from streamgen.errors import UserError
 from streamgen.resources import shipped_models
 from streamgen.transformer import CausalWanModel, TransformerConfig
-from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
-from streamgen.weights import Unfilled, load_weights
+from streamgen.umt5 import TOKENIZER_FILES, UMT5TextConfig, UMT5TextEncoder, weights_files
+from streamgen.weights import CONFIG_FILE, Unfilled, load_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,4 +154,15 @@ def pipeline_parts(parts: Parts, device: torch.device, dtype: torch.dtype) -> di
         "text": UMT5TextEncoder(text, parts.text.parent, device=device),
         "geometry": geometry,
         "scheduler": preset.scheduler_config(),
+        "files": _named_files(
+            [parts.transformer.path, codec, parts.text, *(path for path, _ in loras)], parts.tokenizer
+        ),
     }
+
+
+def _named_files(weights: Sequence[Path], tokenizer: Path) -> dict[str, Path]:
+    """What a model was loaded from, for its identity, by names that say which part a file is and not where it lies."""
+    found = {f"tokenizer/{name}": tokenizer / name for name in TOKENIZER_FILES}
+    for number, path in enumerate(weights):
+        found |= {f"{number}/{file.name}": file for file in (*weights_files(path), path.parent / CONFIG_FILE)}
+    return {name: file for name, file in found.items() if file.is_file()}

@@ -6,7 +6,7 @@ Files are told apart by what is in them. What is missing is said in one line, wi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from streamgen.weights import read_json
 
 MODEL_INDEX = "model_index.json"
 OUR_CLASS = "StreamPipeline"
+EXPERTS = ("high_noise_model", "low_noise_model")
+"""Folders of Wan 2.2's A14B models: each of two transformers makes half of the steps."""
 TOKENIZERS = ("tokenizer", "google/umt5-xxl", ".")
 TOKENIZER_SIGNS = ("tokenizer.json", "spiece.model")
 SIDE_FOLDERS = ("vae", "text_encoder", "codec", "text")
@@ -84,6 +86,7 @@ def is_ours(folder: Path) -> bool:
 
 def locate(path: Path, *, trust_pickle: bool = False) -> Parts:
     """The parts at `path`: a file's own folder is searched for what the file does not hold."""
+    _refuse_experts((path if path.is_dir() else path.parent).resolve())
     if path.is_file():
         checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
         if checkpoint is None or checkpoint.kind != TRANSFORMER:
@@ -98,14 +101,37 @@ def locate(path: Path, *, trust_pickle: bool = False) -> Parts:
     return _search(path, set(), trust_pickle)
 
 
+def _refuse_experts(folder: Path) -> None:
+    """UserError for a model of two transformers, or one of the two: their tensors look like those of Wan 2.1 14B."""
+    for root in (folder, folder.parent):
+        pair = [root / name for name in EXPERTS]
+        if all(path.is_dir() for path in pair) and folder in (root, *pair):
+            raise UserError(_two_transformers(root))
+    index = folder.parent / MODEL_INDEX
+    if folder.name in ("transformer", "transformer_2") and index.is_file() and _second(read_json(index)):
+        raise UserError(_two_transformers(folder.parent))
+
+
+def _two_transformers(folder: Path) -> str:
+    return (
+        f"{folder} is a model of two transformers (Wan 2.2 A14B), one for the first steps and one for the last, which "
+        "is not served here; take Wan 2.1 14B, Wan 2.2 5B or a causal model made from them"
+    )
+
+
+def _second(index: Mapping[str, Any]) -> bool:
+    entry = index.get("transformer_2")
+    return bool(entry and entry[0] is not None)
+
+
 def _diffusers(folder: Path, trust_pickle: bool) -> Parts:
     """A pipeline folder of diffusers."""
     index = read_json(folder / MODEL_INDEX)
     name = str(index.get("_class_name", ""))
     if not name.startswith("Wan"):
         raise UserError(f"{folder} is a {name or 'folder'} of diffusers; served here are WanPipeline folders")
-    if index.get("transformer_2", [None])[0] is not None:
-        raise UserError(f"{folder} is a model of two transformers (Wan 2.2 A14B), which is not served here")
+    if _second(index):
+        raise UserError(_two_transformers(folder))
     if index.get("image_encoder", [None])[0] is not None:
         raise UserError(
             f"{folder} is an image-to-video model with a CLIP image encoder, which is not served here; take a "

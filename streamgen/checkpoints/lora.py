@@ -59,6 +59,8 @@ def open_lora(path: Path, layers: Mapping[str, tuple[int, ...]], *, trust_pickle
             unknown[name] = entry.shape
         else:
             pairs.setdefault(layer, Pair()).parts[role] = entry
+    if dora := next((name for name in unknown if name.endswith((".dora_scale", ".lora_magnitude_vector"))), None):
+        raise UserError(f"{path} is a DoRA ({dora}), which is not merged here; take a plain LoRA")
     if unknown:
         check_tensors({}, unknown, str(path)) if not pairs else _refuse(path, unknown, layers)
     for layer, pair in pairs.items():

@@ -19,7 +19,7 @@ def quick_adherence(
     seconds: float = SEGMENT_S,
     steps: int | None = None,
     segments: bool = True,
-    cache: str = "relative",
+    cache: str | None = None,
 ) -> dict[str, Any]:
     """Streams of `captions`, made together, judged per 5 s while they run: memory does not grow with `seconds`.
 

@@ -87,6 +87,11 @@ def check_job(job: Job, pipe: StreamPipeline) -> None:
         name = pipe.scheduler.positions if job.cache is None else job.cache
         if policy(name).committed is not None:
             raise ValueError(f"cache {name}: its sink cannot be made again from latents after a rank is lost")
+    if pipe.loras:
+        raise UserError(
+            f"the ranks load {job.model} anew, without its adapters ({', '.join(pipe.loras)}); merge them into a model "
+            "of their own first (streamgen convert --lora)"
+        )
     trained = pipe.scheduler.visibility
     if VISIBILITY not in trained and not job.force:
         raise UserError(

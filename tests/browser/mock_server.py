@@ -74,6 +74,8 @@ class Mock:
         self.branches: dict[str, Session] = {}
         self.numbers = itertools.count(1)
         self.saves = saves
+        self.places: list[int] = []
+        """What a new client is told before its session begins, each for a while: its places in the line."""
         self.heard: list[dict[str, Any]] = []
         """Every message of every client."""
 
@@ -111,6 +113,10 @@ class Mock:
                 raise Refusal("unknown_session", "this server does not know that token")
             first = message.last_frame + 1 if message.epoch == session.epoch else session.block * BLOCK_FRAMES
         else:
+            for place in self.places:
+                waiting = protocol.SessionState(state="queued", place=place, message="all streams are taken")
+                await say(connection, waiting)
+                await asyncio.sleep(0.6)
             session = self.opened(message)
             self.sessions[session.token] = session
             first = session.block * BLOCK_FRAMES

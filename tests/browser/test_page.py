@@ -46,6 +46,16 @@ def test_first_frame_and_a_switch(visit: Visit, mock: Running) -> None:
     assert change["interaction"]["apply_at"] == "playhead" and change["interaction"]["transition"] == "recache"
 
 
+def test_a_full_machine_shows_the_place_in_the_line(visit: Visit, mock: Running) -> None:
+    mock.mock.places = [2, 1]
+    page = visit(mock.url)
+    page["#apply"].click()
+    for text in ("In the queue: place 2", "In the queue: next", "Playing"):
+        page["#link .text"].filter(has_text=text).wait_for()
+    assert said(mock, "session.start")[0]["wait_seconds"] == 120
+    assert page["#trouble"].inner_text() == ""
+
+
 def test_pixels_follow_the_prompt(visit: Visit, mock: Running) -> None:
     page = visit(mock.url, bypass_csp=True)
     page.play(GREEN)

@@ -93,6 +93,51 @@ def test_pixels_follow_the_prompt(visit: Visit, server: Server) -> None:
     assert (after.background, after.color) == ("snow", "red")
 
 
+def test_h264_is_decoded_to_the_same_story(visit: Visit, server: Server) -> None:
+    """As JPEG: pixels follow the prompt, a step back shows what was there, a branch and a remade past play on."""
+    page = visit(server.url, bypass_csp=True)
+    if page.page.evaluate("import('./h264.js').then((it) => it.decodesH264())") is not True:
+        pytest.skip("this browser does not decode H.264")
+    page["#video"].select_option("m4s")
+    page.play(GREEN)
+    page.caption(GREEN)
+    page.later_than(2)
+    assert page.reading().background == "grass"
+    page["#branch"].click()
+    page.page.wait_for_selector(".tile[data-name=B][data-state=playing]")
+    page.play(RED)
+    page.caption(RED)
+    page.later_than(page.seconds() + 1.5)
+    assert page.reading(".tile[data-name=B]").background == "snow"
+    page["#play"].click()
+    page.wait("paused")
+    page.look_at(1)
+    past = page.picture(".tile[data-name=B]")
+    assert past[48:, :, 1].mean() > past[48:, :, 2].mean()  # grass
+    page["#remake"].click()
+    page.later_than(2.5)
+    assert page["#trouble"].inner_text() == ""
+
+
+def test_a_decoder_that_gives_up_is_followed_by_jpeg(visit: Visit, server: Server) -> None:
+    page = visit(server.url, bypass_csp=True)
+    if page.page.evaluate("import('./h264.js').then((it) => it.decodesH264())") is not True:
+        pytest.skip("this browser does not decode H.264")
+    spoil = """() => {
+      const decode = VideoDecoder.prototype.decode;
+      VideoDecoder.prototype.decode = function (chunk) {
+        if (chunk.timestamp < 20) return decode.call(this, chunk);
+        return decode.call(this, new EncodedVideoChunk({ type: "key", timestamp: 0, data: new Uint8Array(9) }));
+      };
+    }"""
+    page.page.evaluate(spoil)
+    page["#video"].select_option("m4s")
+    page.play(GREEN)
+    page["#trouble"].filter(has_text="goes on with JPEG").wait_for()
+    page.later_than(3)
+    assert page.reading().background == "grass"
+
+
 def test_pause_back_and_another_story(visit: Visit, server: Server) -> None:
     page = visit(server.url, bypass_csp=True)
     page.play(GREEN)

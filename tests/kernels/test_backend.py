@@ -37,7 +37,9 @@ def test_transformer_is_the_same(device):
         out = run(model, device)
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad for p in model.parameters())])
-    assert all(name.startswith("streamgen_kernels.") for name in model.ops.active().values())
+    modules = model.ops.active()
+    assert modules.pop("attend_cached") == "streamgen.cached_attention"  # of kernels, see test_streams.py
+    assert all(name.startswith("streamgen_kernels.") for name in modules.values())
     for got, wanted in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
 
@@ -154,6 +156,7 @@ OPERATORS = {
         r(1, 2, 5, 8), r(1, 2, 6, 8), r(1, 2, 6, 8), torch.ones(1, dtype=torch.int32, device=r(1).device),
         None, 1, None, None, None, None,
     ),
+    "ring_rope": lambda r: (r(1, 2, 5, 8), r(5, 4), r(5, 4), r(1, 2, 7, 8)[:, :, 2:]),
     "norm_rope_store": lambda r: (
         r(1, 2, 12), r(1, 2, 12), r(1, 2, 12), None, r(12), 1e-6, r(2, 3), r(2, 3),
         torch.tensor([[3, 1]], dtype=torch.int32, device=r(1).device),

@@ -19,6 +19,7 @@ NAMES = (
     "norm_rope_store",
     "norm_rope_store, int8",
     "norm_rope_store, float8_e4m3fn",
+    "ring_rope",
     "ring_attention",
     "ring_attention, int8",
     "ring_attention, float8_e4m3fn",

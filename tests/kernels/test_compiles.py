@@ -18,7 +18,16 @@ def test_every_kernel_compiles_for_compute_capability_9(run_python, tmp_path):
     done = run_python(str(script), env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    files = {"norm_modulate", "gate_residual", "norm_rope", "norm_rope_store", "gelu", "attention", "quantise"}
+    files = {
+        "norm_modulate",
+        "gate_residual",
+        "norm_rope",
+        "norm_rope_store",
+        "gelu",
+        "attention",
+        "quantise",
+        "ring_rope",
+    }
     assert {one["kernel"].split(".")[0] for one in made} == files | {"linear", "noise", "sampler_step"}
     assert {"norm_modulate._backward", "gate_residual._backward", "norm_rope._backward", "gelu._backward"} <= {
         one["kernel"] for one in made

@@ -91,3 +91,25 @@ def test_products_that_are_none(device, changes, message):
 def test_other_formats_are_refused(device):
     with pytest.raises(ValueError, match=r"dtype=torch\.int16: must be torch\.int8 or torch\.float8_e4m3fn"):
         quantise_rows(torch.ones(2, 2, device=device), torch.int16)
+
+
+@torch.no_grad()
+def test_a_model_in_float8(device):
+    """Every product of the blocks, near to the model's own; text's keys and values too."""
+    from streamgen import ops
+    from streamgen.float8_linear import Float8Linear, use_float8
+    from tests.kernels.test_streams import CONFIG, make_model, make_text, noise
+
+    model = make_model(device)
+    model.ops = ops.select("triton")
+
+    def out() -> torch.Tensor:
+        rope = tuple(torch.ones(12, 6, device=device) for _ in range(2))
+        return model(noise(3, 1).to(device), torch.full((1, 1), 500.0, device=device), make_text(model), rope=rope)
+
+    wanted = out()
+    assert use_float8(model) == 10 * CONFIG.num_layers
+    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 10 * CONFIG.num_layers
+    assert model.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn
+    error = float((out() - wanted).norm() / wanted.norm())
+    assert 1e-4 < error < 0.1

@@ -60,7 +60,7 @@ def test_the_header_is_what_the_document_says(repository: Path) -> None:
 
 def test_the_document_names_every_message_and_code(repository: Path) -> None:
     text = (repository / "docs" / "protocol.md").read_text()
-    schema = json.dumps([p._CLIENT.json_schema(), p._SERVER.json_schema()])
+    schema = json.dumps([p.CLIENT.json_schema(), p.SERVER.json_schema()])
     for name in re.findall(r'"const": "([a-z]+\.[a-z._]+|error)"', schema):
         assert f"`{name}`" in text, name
     for code, close in p.CLOSE_CODES.items():
@@ -99,8 +99,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = sorted({name for schema in p._CLIENT.json_schema()["$defs"].values() for name in schema.get("properties", {})})
-TYPES = re.findall(r'"const": "(session[a-z._]+)"', json.dumps(p._CLIENT.json_schema()))
+FIELDS = sorted({name for schema in p.CLIENT.json_schema()["$defs"].values() for name in schema.get("properties", {})})
+TYPES = re.findall(r'"const": "(session[a-z._]+)"', json.dumps(p.CLIENT.json_schema()))
 
 
 def anything() -> st.SearchStrategy[str]:

@@ -218,3 +218,47 @@ def test_an_encoder_is_not_closed_under_a_frame(monkeypatch: pytest.MonkeyPatch)
     frame.join()
     end.join()
     assert order == ["write", "finish"]
+
+
+def test_a_connection_lost_at_the_very_end_loses_no_frame(tmp_path: Path) -> None:
+    """All was sent, and the stream is over, but it did not arrive: a resume brings the rest, and the end once more."""
+    with serving(lambda: FakeRuntime(max_streams=1), tmp_path, resume_s=1.0) as running:
+        with Talk(running) as talk:
+            token = talk.start(max_seconds=2).resume_token
+            talk.until_frame(9)
+            (session,) = running.server.sessions.values()
+            wait_for(lambda: session.life.state == "closed" and session.connection is None)
+            talk.cut()
+        assert not running.server.engine.streams, "only the frames are kept"
+        for last, expected in ((9, list(range(10, 36))), (34, [35]), (35, [])):
+            with Talk(running) as again:
+                again.send({"type": "session.resume", "resume_token": token, "last_frame": last})
+                assert again.until(p.VideoStart).lost_frames == 0
+                assert again.until(p.Done).frames >= 36
+                assert again.numbers() == expected and again.closed() == 1000
+        wait_for(lambda: not running.server.sessions)
+
+
+def test_a_session_that_waited_long_for_its_place_is_not_given_up(tmp_path: Path) -> None:
+    """Longer than a lost viewer would be awaited."""
+    with serving(lambda: FakeRuntime(max_streams=1), tmp_path, resume_s=0.3) as running, Talk(running) as first:
+        first.start()
+        with Talk(running) as second:
+            second.send({**START, "wait_seconds": 30, "format": "rgb"})
+            wait_for(lambda: len(running.server.line) == 1)
+            (waiting,) = [one for one in running.server.sessions.values() if one.life.state == "queued"]
+            waiting.left_s -= 60
+            first.ask({"type": "session.stop"})
+            second.until_frame(20)
+
+
+def test_memory_of_ended_sessions_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    monkeypatch.setattr("streamgen_infer.server.GIVE_BACK_S", 0.0)
+    monkeypatch.setattr("streamgen_infer.server.give_back", asked.set)
+    with serving(FakeRuntime, tmp_path) as running:
+        with Talk(running) as talk:
+            talk.start()
+            assert not asked.wait(0.4), "while nothing has ended"
+            talk.ask({"type": "session.stop"})
+        assert asked.wait(10)

@@ -121,7 +121,7 @@ async def play(folder: Path, acts: list[Any], drop: p.Drop) -> None:
             session.detach("one")
         elif act == "come" and session.life.state in LIVE:
             session.attach("one", config(), p.Resume(type="session.resume", resume_token="x"))
-        elif act == "end" and session._live is not None:
+        elif act == "end" and session.given is not None:
             runtime.make(8)
         elif isinstance(act, dict):
             message = p.parse_client(p.dump(act if act["type"] == "session.playback" else {**act, "id": f"m{number}"}))

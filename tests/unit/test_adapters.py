@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from streamgen.batch import generate
 from streamgen.checkpoints.lora import merged, open_lora
 from streamgen.checkpoints.tensors import LazyTensors, in_memory
 from streamgen.errors import UserError
+from streamgen.parallel.job import Job, check_job
 from streamgen.pipeline import StreamPipeline
 from streamgen.rollout import rollout_block
 from streamgen.stream import Block, Stream
@@ -163,6 +165,111 @@ def test_a_saved_stream_wants_its_files_and_goes_on(
     assert torch.equal(frames([next(again) for _ in range(3)]), rest[0])
 
 
+def test_a_saved_stream_takes_along_what_holds_from_its_block_on(
+    pipe: StreamPipeline, files: tuple[Path, Path], folder: Path
+) -> None:
+    """Also the pipeline's adapters below a plan that begins later; not what it has left behind."""
+    for file in files:
+        pipe.load_lora(file, 0)
+    pipe.use_loras({"ink": 0.8})
+    stream = pipe.stream(STAR, seed=3)
+    stream.use_loras({"oil": 1.0}, at_block=2)
+    stream.use_loras({}, "recache", at_block=3)
+    stream.use_loras({"oil": -0.5}, "cut", at_block=4)
+    next(stream)
+    early = stream.state_dict()
+    rest = [next(stream) for _ in range(2)]
+    late = stream.state_dict()
+    rest += [next(stream) for _ in range(2)]
+    bare = StreamPipeline.from_pretrained(folder, dtype="fp32")
+    for file in files:
+        bare.load_lora(file, 0)
+    again = bare.resume(early)
+    assert again.loras == {"ink": 0.8}
+    assert torch.equal(frames([next(again) for _ in range(4)]), frames(rest))
+    assert set(late["adapters"]["files"]) == {"oil"}
+    with pytest.raises(UserError, match=r"adapter 'oil'; load that file first.*--lora"):
+        StreamPipeline.from_pretrained(folder, dtype="fp32").resume(late)
+    again = bare.resume(late)
+    assert torch.equal(frames([next(again) for _ in range(2)]), frames(rest[2:]))
+
+
+def test_a_stream_without_adapters_goes_on_without(
+    pipe: StreamPipeline, files: tuple[Path, Path], folder: Path
+) -> None:
+    stream = pipe.stream(STAR, seed=3)
+    next(stream)
+    saved, expected = stream.state_dict(), next(stream).frames
+    other = StreamPipeline.from_pretrained(folder, dtype="fp32")
+    other.load_lora(files[0], 1.0)
+    assert (next(other.resume(saved)).frames == expected).all()
+    other.use_loras({})
+    again = other.resume(saved)
+    assert again.begin()[1].passes_left == 2  # with the pipeline's own weights it may share launches
+    other.use_loras({"ink": 1.0})
+    with_them = other.stream(STAR, seed=3)
+    next(with_them)
+    assert other.resume(with_them.state_dict()).begin()[1].passes_left == 2
+
+
+@pytest.mark.parametrize("visibility", ["same_level", "joint"])
+@pytest.mark.filterwarnings("ignore:the model was trained for")
+def test_blocks_made_together_have_the_adapters_they_began_with(
+    pipe: StreamPipeline, files: tuple[Path, Path], folder: Path, visibility: str
+) -> None:
+    pipe.load_lora(files[0], 1.0)
+    stream = pipe.stream(STAR, seed=3, visibility=visibility)
+    next(stream)
+    saved = stream.state_dict()
+    plain = pipe.stream(STAR, seed=3)
+    plain.use_loras({})
+    rest = []
+    for _ in range(3):
+        next(plain)  # another stream on the same weights, without
+        rest.append(next(stream))
+    alone = pipe.stream(STAR, seed=3, visibility=visibility)
+    assert torch.equal(frames([next(alone) for _ in range(4)])[-len(frames(rest)) :], frames(rest))
+    other = StreamPipeline.from_pretrained(folder, dtype="fp32")
+    other.load_lora(files[0], 0)
+    again = other.resume(saved)
+    assert torch.equal(frames([next(again) for _ in range(3)]), frames(rest))
+
+
+def test_of_two_transitions_to_a_block_the_stronger_one_holds(pipe: StreamPipeline, files: tuple[Path, Path]) -> None:
+    pipe.load_lora(files[0], 0)
+    rising = "a blue ring rising over a navy background"
+
+    def made(adapters: str, prompt: str) -> Tensor:
+        stream = pipe.stream(STAR, seed=3)
+        stream.use_loras({"ink": 1.0}, adapters, at_block=2)
+        stream.prompt(rising, prompt, at_block=2)
+        return frames([next(stream) for _ in range(4)])
+
+    scene, recache, cut = (made(same, same) for same in ("scene", "recache", "cut"))
+    assert not torch.equal(scene, recache) and not torch.equal(recache, cut)
+    assert torch.equal(made("cut", "scene"), scene) and torch.equal(made("scene", "recache"), scene)
+    assert torch.equal(made("cut", "recache"), recache) and torch.equal(made("recache", "cut"), recache)
+
+
+def test_ranks_that_load_the_model_anew_want_it_merged(
+    pipe: StreamPipeline, files: tuple[Path, Path], folder: Path
+) -> None:
+    job = Job(model=str(folder), split="step_chain", ranks=2, steps=2, force=True)
+    check_job(job, pipe)
+    pipe.load_lora(files[0], 0.5)
+    with pytest.raises(UserError, match=r"without its adapters \(ink\)"):
+        check_job(job, pipe)
+
+
+def test_many_streams_at_once_have_the_pipelines_adapters(pipe: StreamPipeline, files: tuple[Path, Path]) -> None:
+    pipe.load_lora(files[0], 1.0)
+    wanted = generate(pipe, [STAR], [3], 1)
+    stream = pipe.stream(STAR)
+    stream.use_loras({})
+    next(stream)
+    assert torch.equal(generate(pipe, [STAR], [3], 1), wanted)
+
+
 def test_mistakes_are_said_and_change_nothing(pipe: StreamPipeline, files: tuple[Path, Path], tmp_path: Path) -> None:
     base = weights(pipe)
     stream = pipe.stream(STAR)
@@ -180,6 +287,9 @@ def test_mistakes_are_said_and_change_nothing(pipe: StreamPipeline, files: tuple
     next(stream)
     with pytest.raises(UserError, match="too late: the earliest is 1"):
         stream.use_loras({"ink": 1.0}, at_block=0)
+    short = pipe.stream(STAR, max_blocks=2)
+    with pytest.raises(UserError, match="past the end: the stream has 2 blocks"):
+        short.use_loras({"ink": 1.0}, at_block=2)
     stream.use_loras({"ink": 1.0})
     with pytest.raises(UserError, match="shares no launches"):
         stream.begin()

@@ -64,6 +64,13 @@ def test_one_row_equals_the_stream_to_the_bit(pipe: StreamPipeline, cache: str) 
     assert np.array_equal(made[0].numpy(), streamed(pipe, PROMPTS[0], SEEDS[0], cache=cache))
 
 
+@pytest.mark.parametrize("stored_as", ["int8", "fp8"])
+def test_keys_and_values_in_one_byte(pipe: StreamPipeline, stored_as: str) -> None:
+    made = generate(pipe, PROMPTS[:1], SEEDS[:1], BLOCKS, cache_dtype=stored_as)
+    assert np.array_equal(made[0].numpy(), streamed(pipe, PROMPTS[0], SEEDS[0], cache_dtype=stored_as))
+    assert not np.array_equal(made[0].numpy(), streamed(pipe, PROMPTS[0], SEEDS[0]))
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

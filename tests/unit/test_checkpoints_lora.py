@@ -179,6 +179,10 @@ def test_what_does_not_fit_is_named(base: Path, pairs: Pairs, tmp_path: Path) ->
     save_file({"head.head.lora_down.weight": down}, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=r"head\.head has one of its two matrices only"):
         open_transformer(base, loras=[(tmp_path / "half.safetensors", 1.0)])
+    dora = {"head.head.dora_scale": torch.ones(64, 1), "head.head.lora_down.weight": down.clone()}
+    save_file({**dora, "head.head.lora_up.weight": up.clone()}, tmp_path / "dora.safetensors")
+    with pytest.raises(UserError, match=r"is a DoRA \(head\.head\.dora_scale\), which is not merged here"):
+        open_transformer(base, loras=[(tmp_path / "dora.safetensors", 1.0)])
     foreign = {"blocks.7.ffn.0.lora_down.weight": down.clone(), "blocks.7.ffn.0.lora_up.weight": up.clone()}
     save_file(
         {**foreign, "head.head.lora_down.weight": down, "head.head.lora_up.weight": up}, tmp_path / "f.safetensors"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from streamgen.checkpoints.codecs import open_codec
+from streamgen.checkpoints.convert import Plan, convert
 from streamgen.checkpoints.names import to_diffusers
+from streamgen.checkpoints.presets import load_preset
 from streamgen.checkpoints.tensors import open_safetensors
 from streamgen.checkpoints.vae_names import vae_to_diffusers
 from streamgen.embedded_text import save_embeddings
@@ -120,6 +124,27 @@ def same_weights(pipe: StreamPipeline) -> None:
     ids = pipe.text.ids([PROMPT])
     wanted = tiny_umt5()(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state
     assert (pipe.text.encode([PROMPT]) - wanted * (ids > 0)[..., None]).abs().max() < 1e-5
+
+
+def test_a_checkpoints_identity_is_that_of_its_own_files(release: Path, tmp_path: Path) -> None:
+    """Two students in one folder are two models; a file more in the folder changes neither."""
+    folder = tmp_path / "both"
+    shutil.copytree(release, folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    for seed, name in enumerate(("one", "other")):
+        torch.save({"generator": state(transformer(16, seed=seed))}, folder / f"{name}.pt")
+
+    def identity(name: str) -> str:
+        with warnings.catch_warnings(action="ignore"):
+            return StreamPipeline.from_pretrained(folder / f"{name}.pt", dtype="fp32").fingerprint
+
+    one = identity("one")
+    assert one != identity("other")
+    (folder / "notes.json").write_text("{}")
+    assert identity("one") == one
+    shutil.move(folder / "one.pt", folder / "kept.pt")
+    torch.save({"generator": state(transformer(16, seed=5))}, folder / "one.pt")
+    assert identity("one") != one
 
 
 @pytest.mark.filterwarnings("ignore:the model was trained for")
@@ -301,6 +326,50 @@ def test_foreign_pipelines_are_refused_with_words(pipeline_folder: Path, tmp_pat
         (folder / "model_index.json").write_text(json.dumps(index | changes))
         with pytest.raises(UserError, match=message):
             StreamPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("named", [".", "low_noise_model", "high_noise_model/diffusion_pytorch_model.safetensors"])
+def test_half_of_a_model_of_two_transformers_is_not_taken_for_a_whole(
+    named: str, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wan 2.2 A14B: each of its transformers has the tensors of a Wan 2.1."""
+    folder = tmp_path / "Wan2.2-T2V-A14B"
+    shutil.copytree(release, folder)
+    for name in ("high_noise_model", "low_noise_model"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / name)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    assert main(["convert", str(folder / named), str(tmp_path / "dst")]) == 2
+    assert "is a model of two transformers (Wan 2.2 A14B)" in one_line(capsys)
+    assert main(["doctor", "--model", str(folder / named)]) != 0
+    captured = capsys.readouterr()
+    assert "two transformers" in captured.out + captured.err
+
+
+def test_half_of_a_diffusers_pipeline_is_not_either(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "A14B"
+    shutil.copytree(pipeline_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    for named in ("transformer", "transformer_2/diffusion_pytorch_model.safetensors"):
+        with pytest.raises(UserError, match="two transformers"):
+            StreamPipeline.from_pretrained(folder / named)
+
+
+def test_guidance_wants_its_negative_prompt_among_the_embeddings(release: Path, tmp_path: Path) -> None:
+    negative = load_preset("wan").scheduler["negative_prompt"]
+    rows = torch.randn(2, TEXT_LEN, TEXT_DIM)
+    save_embeddings(tmp_path / "few.safetensors", [PROMPT, "another"], rows)
+    save_embeddings(tmp_path / "all.safetensors", [PROMPT, negative], rows)
+    plan = Plan(source=release, target=tmp_path / "dst", preset="wan", embeddings=tmp_path / "few.safetensors")
+    with pytest.raises(UserError, match=r"guidance of 5, .* no row for its negative prompt '色调艳丽"):
+        convert(replace(plan, height=32, width=32))
+    assert not (tmp_path / "dst").exists()
+    convert(replace(plan, height=32, width=32, embeddings=tmp_path / "all.safetensors"))
+    pipe = StreamPipeline.from_pretrained(tmp_path / "dst", dtype="fp32")
+    assert torch.equal(pipe.text.encode([pipe.scheduler.negative_prompt])[0], rows[1])
 
 
 def test_what_is_there_is_not_overwritten(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

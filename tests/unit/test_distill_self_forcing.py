@@ -14,6 +14,7 @@ from torch import Tensor
 
 from streamgen import flow
 from streamgen.attention import block_causal_mask
+from streamgen.batch import generate
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
 from streamgen.rope import rope_table
@@ -197,6 +198,45 @@ def test_export_streams_with_renoising_and_lists_its_step_counts(runs: dict[str,
     assert not (tmp_path / "model" / "critic").exists()
     found = objective.validate(0, objective.modules())
     assert set(found) >= {"obeys_first", "obeys_last", "presence_last"}
+
+
+@pytest.mark.parametrize(("cache", "noise"), [("relative", 0.0), ("window", 0.1), ("ema_sink", 0.0)])
+def test_the_card_names_the_cache_of_the_rollouts(
+    cache: str, noise: float, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """So the exported student streams on what it was trained on, and so do its samples."""
+    objective = build(runs, cache=cache, context_noise=noise)
+    objective.prepare(CPU, torch.float32)
+    objective.export(copy.deepcopy(objective.modules()), tmp_path / "model")
+    pipe = StreamPipeline.from_pretrained(tmp_path / "model", dtype="fp32")
+    assert (pipe.scheduler.positions, pipe.scheduler.context_noise) == (cache, noise)
+    assert pipe.stream("a red star").cache_policy == cache == objective.new_state((1,)).cache.spec.policy
+    made = generate(pipe, ["a red star"], [1], 5)
+    assert torch.equal(made, generate(pipe, ["a red star"], [1], 5, cache=cache))
+    assert cache == "relative" or not torch.equal(made, generate(pipe, ["a red star"], [1], 5, cache="relative"))
+
+
+def test_a_student_of_rolling_windows_may_be_streamed_by_them(runs: dict[str, Path]) -> None:
+    own = {"rolling_steps": 3, "sink_frames": 2, "train_steps": (4,)}
+    card = build(runs, rolling_share=0.5, **own).scheduler()
+    assert (card.visibility, card.joint_blocks, card.trained_steps) == (("clean", "joint"), 3, (4, 3))
+    assert build(runs, rolling_share=1.0, **own).scheduler().visibility == ("joint",)
+    assert build(runs, **own).scheduler().visibility == ("clean",)
+
+
+def test_a_gradient_through_an_averaging_sink_is_that_of_constants(runs: dict[str, Path]) -> None:
+    """Rollouts beyond the window fold what leaves into the sink; checkpointed or not, the gradient is the same."""
+    found = []
+    for checkpointed in (False, True):
+        objective = build(runs, cache="ema_sink", rollout_blocks=(7, 7), checkpoint_activations=checkpointed)
+        objective.prepare(CPU, torch.float32)
+        now = turn(0, player=STUDENT)
+        torch.manual_seed(7)
+        objective.loss(objective.batch(now), now, None)[0].backward()
+        found.append([p.grad for p in objective.model.blocks.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 10
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", [self_forcing, long])

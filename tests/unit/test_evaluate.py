@@ -111,6 +111,30 @@ def test_the_model_itself_is_run(in_tmp_path: Path, model: str) -> None:
     assert found["trained"] and found["motion"]["n"] == 3
 
 
+def test_one_byte_modes_are_run_named_and_compared(
+    in_tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modes: dict[str, tuple[str, ...]] = {
+        "plain": (),
+        "keys": ("--cache-dtype", "int8"),
+        "weights": ("--cache-dtype", "fp8", "--weights-dtype", "int8"),
+    }
+    for name, chosen in modes.items():
+        files = ("--json", f"{name}.json", "--sheet", f"{name}.png")
+        assert run(model, "--n", "2", "--switches", "0", *files, *chosen) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if "2 held-out captions" in line]
+    assert [line.partition("2 steps")[2] for line in heads] == [
+        ", fp32",
+        ", fp32, keys and values int8",
+        ", fp32, keys and values fp8, weights int8",
+    ]
+    dtypes = [(found["cache_dtype"], found["weights_dtype"]) for found in map(report, (f"{m}.json" for m in modes))]
+    assert dtypes == [("fp32", "fp32"), ("int8", "fp32"), ("fp8", "int8")]
+    assert len({Path(f"{name}.png").read_bytes() for name in modes}) == 3  # three videos
+    assert main(["eval", "compare", *(f"{name}.json" for name in modes)]) == 0
+    assert "plain" in capsys.readouterr().out
+
+
 def test_captions_are_held_out_and_chosen_by_seed(
     in_tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +305,10 @@ def test_a_part_of_the_world(in_tmp_path: Path, model: str, monkeypatch: pytest.
         (("--steps", "4,0"), "--steps is 0; it must be 1 to 1000"),
         (("--transitions", "recache,blend"), "--transitions: 'blend' does not exist; there are: recache, cut, scene"),
         (("--pictures", "no/p"), "the folder no does not exist"),
+        (("--cache", "far"), "--cache 'far' does not exist; there are: relative, window, ema_sink"),
+        (("--cache-dtype", "int4"), "--cache-dtype 'int4' does not exist; there are: int8, fp8"),
+        (("--cache", "ema_sink", "--cache-dtype", "int8"), "the averages of ema_sink need the model's own dtype"),
+        (("--weights-dtype", "fp8"), "--weights-dtype 'fp8' does not exist; there are: int8"),
     ],
 )
 def test_mistakes(

@@ -14,6 +14,7 @@ from streamgen.errors import UserError
 from streamgen.flow import renoise, step_sigmas
 from streamgen.pipeline import SchedulerConfig, StreamPipeline
 from streamgen.rollout import BlockRun, rollout_block, run_passes
+from streamgen.unipc import unipc_sigmas
 from tests.tiny_model import save_tiny_model
 
 STAR = "a red star spinning over a snow background"
@@ -42,7 +43,8 @@ def slow(pipe: StreamPipeline, blocks: int, sampler: str, steps: int, seed: int)
     )
     streams = [pipe.stream(prompt, seed=seed, steps=2) for prompt in (STAR, DISC)]
     texts = [pipe.encode_text(pipe.text.encode([prompt])) for prompt in (STAR, DISC)]
-    sigmas, made = step_sigmas(steps, pipe.scheduler.shift), []
+    levels = unipc_sigmas if sampler == "unipc" else step_sigmas
+    sigmas, made = levels(steps, pipe.scheduler.shift), []
     scheduler = None
     for block in range(blocks):
         state = streams[0].state
@@ -55,7 +57,7 @@ def slow(pipe: StreamPipeline, blocks: int, sampler: str, steps: int, seed: int)
             scheduler = UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=pipe.scheduler.shift
             )
-            scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+            scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])
 
         def ask(latents: Tensor, sigma: float, handles: list[object] = handles) -> list[Tensor]:
             level = torch.full((1, 1), 1000 * sigma)
@@ -109,6 +111,61 @@ def test_a_guided_stream_differs_is_saved_and_is_one_row_of_a_batch(folder: Path
     both = generate(pipe, [RING, STAR], [7, 1], 2, steps=4)
     whole = torch.cat([torch.from_numpy(block.frames) for block in first])
     assert (both[1].int() - whole.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("transition", ["cut", "recache", "blend", "scene"])
+def test_a_switch_equals_two_streams_that_change_one_text(folder: Path, transition: str) -> None:
+    """Both rows are re-encoded, each under its own text; the negative one keeps it. first_steps holds for both."""
+    pipe = guided_pipe(folder, sampler="unipc", first_steps=4)
+    stream = pipe.stream(STAR, seed=2, steps=2)
+    stream.prompt(RING, transition, at_block=2, blend_blocks=2)
+    latents: list[Tensor] = []
+    decode = stream.decode
+    stream.decode = lambda x: latents.append(x) or decode(x)  # type: ignore[method-assign,func-returns-value]
+    for _ in range(3):
+        next(stream)
+    saved = stream.state_dict()
+    rest = [next(stream).frames for _ in range(2)]
+    again = pipe.resume(saved)
+    assert all((next(again).frames == frames).all() for frames in rest)
+
+    plain = dataclasses.replace(pipe.scheduler, guidance=1.0)
+    one = StreamPipeline(
+        transformer=pipe.transformer, codec=pipe.codec, text=pipe.text, geometry=pipe.geometry, scheduler=plain
+    )
+    pair = [one.stream(prompt, seed=2, steps=2).state for prompt in (STAR, DISC)]
+    star, ring, disc = (one.text.encode([prompt]) for prompt in (STAR, RING, DISC))
+    shares = {"blend": (0, 0, 0.5, 1, 1)}.get(transition, (0, 0, 1, 1, 1))
+    for block, share in enumerate(shares):
+        texts = [one.encode_text((1 - share) * star + share * ring), one.encode_text(disc)]
+        runs = [
+            BlockRun(state, text, pipe.sampling(4 if block == 0 else 2), transition=transition if block == 2 else None)
+            for state, text in zip(pair, texts, strict=True)
+        ]
+        for run in runs:
+            run.sampling = dataclasses.replace(run.sampling, guidance=1.0)
+        while runs[0].kind is not None:
+            asked = [run.waiting() for run in runs]
+            with torch.no_grad():
+                with_prompt, without = run_passes(pipe.transformer, asked)
+            flow = without + SCALE * (with_prompt - without) if runs[0].kind == "step" else with_prompt
+            for run, one_pass in zip(runs, asked, strict=True):
+                run.take(one_pass, flow)
+        assert runs[0].latents is not None
+        torch.testing.assert_close(latents[block], runs[0].latents, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_goes_on_with_the_sampler_that_made_it(folder: Path) -> None:
+    pipe = guided_pipe(folder, sampler="unipc")
+    stream = pipe.stream(STAR, steps=4)
+    next(stream)
+    saved = stream.state_dict()
+    for changes, said in (
+        ({"guidance": 4.0}, "guidance differ"),
+        ({"negative_prompt": RING, "sampler": "euler"}, "sampler, negative_prompt differ"),
+    ):
+        with pytest.raises(UserError, match=said):
+            guided_pipe(folder, **{"sampler": "unipc", **changes}).resume(saved)
 
 
 def test_an_empty_negative_prompt_is_the_encoders_empty_one(folder: Path) -> None:

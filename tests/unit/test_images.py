@@ -154,6 +154,65 @@ def test_images_are_scaled_to_cover_and_cut(tmp_path: Path) -> None:
     assert open_image(tmp_path / "palette.gif", 16, 16).shape == (16, 16, 3)
 
 
+def test_a_turned_a_transparent_and_a_deep_picture_look_as_they_do_elsewhere(tmp_path: Path) -> None:
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turned clockwise: stored with the top on the left
+    lying = Image.fromarray(np.rot90(upright).copy())
+    lying.save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as opened:
+        for source in (tmp_path / "phone.png", opened):
+            assert np.array_equal(open_image(source, 32, 32), upright)
+
+    hidden = np.zeros((32, 32, 4), np.uint8)
+    hidden[:, :16] = (0, 0, 200, 255)
+    hidden[:, 16:] = (90, 90, 90, 0)
+    for name in ("glass.png", "glass.webp"):
+        Image.fromarray(hidden).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        shown = open_image(tmp_path / name, 32, 32)
+        assert (shown[:, :16] == (0, 0, 200)).all() and (shown[:, 16:] == 255).all()
+    palette = Image.fromarray(np.tile(np.array([0, 1], np.uint8).repeat(16), (32, 1)), "P")
+    palette.putpalette([9, 9, 9, 0, 200, 0])
+    palette.save(tmp_path / "holes.gif", transparency=0)
+    shown = open_image(tmp_path / "holes.gif", 32, 32)
+    assert (shown[:, :16] == 255).all() and (shown[:, 16:] == (0, 200, 0)).all()
+
+    deep = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    shown = open_image(tmp_path / "deep.png", 32, 32)
+    assert np.array_equal(shown, np.round(deep / 257).astype(np.uint8)[..., None].repeat(3, 2))
+
+
+def test_any_size_and_shape_becomes_the_streams(tmp_path: Path) -> None:
+    for height, width in ((1, 1), (1, 500), (500, 3), (31, 33), (700, 400)):
+        Image.fromarray(picture(height, width)).save(tmp_path / "any.png")
+        assert open_image(tmp_path / "any.png", 32, 48).shape == (32, 48, 3)
+    ramp = np.arange(96, dtype=np.uint8).repeat(32).reshape(96, 32).T[..., None].repeat(3, 2)
+    cut = open_image(ramp, 32, 32)  # as high as wanted: nothing is scaled, the middle third is left
+    assert np.array_equal(cut, ramp[:, 32:64])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+def test_broken_files_are_refused_in_one_line_or_shown(suffix: str, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / f"broken.{suffix}"
+    Image.fromarray(picture(40, 40)).save(path)
+    whole, refused = path.read_bytes(), 0
+    for trial in range(60):
+        content = bytearray(whole)
+        if trial % 2:
+            content = content[: rng.integers(len(content))]
+        else:
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                assert open_image(path, 32, 32).shape == (32, 32, 3)
+            except UserError as error:
+                refused += "is no image that can be read" in str(error)
+    assert refused >= 25
+
+
 def test_mistakes_are_said(folder: Path, tmp_path: Path) -> None:
     pipe = piped(folder)
     (tmp_path / "text.png").write_text("no picture")
@@ -163,6 +222,9 @@ def test_mistakes_are_said(folder: Path, tmp_path: Path) -> None:
         (tmp_path, "is no image that can be read"),
         (np.zeros((4, 4), np.uint8), "it must be uint8"),
         (np.zeros((4, 4, 3), np.float32), "it must be uint8"),
+        (np.zeros((4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\]; it must be uint8 \[height, width, 3\], RGB"),
+        (torch.zeros(3, 4, 4), "the image is a Tensor; it must be a file"),
+        (Image.fromarray(np.zeros((4, 4), np.float32)), "of mode F; save it with 8 or 16 bits"),
     ):
         with pytest.raises(UserError, match=said):
             pipe.stream(STAR, image=image)

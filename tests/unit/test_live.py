@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import signal
@@ -231,6 +232,21 @@ def test_the_file_holds_what_the_library_makes(
 
     found = np.stack([np.asarray(Image.open(f"pngs/{index:06d}.png")) for index in range(48)])
     assert np.array_equal(found, frames)
+
+
+def test_the_cache_is_the_models_own(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_tiny_model(in_tmp_path / "m") / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "positions": "window"}))
+    assert run_live("./m", STAR, "--seconds", "0.625", "--out", "pngs", monkeypatch=monkeypatch) == 0
+    from PIL import Image
+
+    found = np.stack([np.asarray(Image.open(path)) for path in sorted(Path("pngs").iterdir())])
+    pipe = StreamPipeline.from_pretrained("./m", dtype="fp32")
+    own, other = (
+        np.concatenate([made.frames for made in pipe.stream(STAR, cache=cache, max_blocks=5)])
+        for cache in ("window", "relative")
+    )
+    assert np.array_equal(found, own) and not np.array_equal(own, other)
 
 
 def test_lines_of_a_pipe_change_the_stream(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_first_blocks_of_few_step_models_take_four() -> None:
     for name in ("causal_forcing_frame_2step", "causal_forcing_frame_1step"):
         assert load_preset(name).scheduler_config().first_steps == 4
     assert load_preset("self_forcing_dmd").scheduler_config().first_steps is None
+
+
+@pytest.mark.parametrize("name", ["wan", "wan2_2_5b"])
+def test_the_negative_prompt_is_wans_to_the_letter(name: str) -> None:
+    """Of `sample_neg_prompt` in wan/configs/shared_config.py of Wan 2.1 and 2.2, whose commas are full-width."""
+    prompt = load_preset(name).scheduler["negative_prompt"]
+    assert (len(prompt), prompt.count("\uff0c"), prompt.count(",")) == (137, 27, 0)
+    assert sha256(prompt.encode()).hexdigest() == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
 
 
 def test_rolling_models_say_that_they_are() -> None:

@@ -206,6 +206,30 @@ def test_record_then_replay_to_the_bit(cache: str, in_tmp_path: Path, capsys: py
         assert "flows" not in file.keys()  # noqa: SIM118
 
 
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"guidance": 3.0}, "no place for its guidance"),
+        ({"positions": "ema_sink"}, r"its cache ema_sink (--cache window or relative records it with another)"),
+        ({"context_noise": 0.1, "guidance": 2.0}, "its context_noise, guidance"),
+        ({"sampler": "unipc"}, None),
+    ],
+)
+def test_what_a_recording_cannot_say_is_refused(
+    card: dict[str, Any], said: str | None, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save_tiny_model(in_tmp_path / "m") / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **card}))
+    record = ("record", "--model", "./m", "--out", "r.safetensors", "--weights", "w.safetensors", "--blocks", "5")
+    if said is None:
+        assert main([*record, "--steps", "4"]) == 0
+        assert main([*REPLAY, "--atol", "0"]) == 0
+        return
+    assert main(record) == 2
+    assert said in one_line(capsys)
+    assert not Path("r.safetensors").exists()
+
+
 def test_record_of_random_weights(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("sizes.json").write_text(json.dumps({**contract_config(RULES), "prediction": "x0", "sampler": "euler"}))
     record = ("record", "--random", "sizes.json", "--out", "r.safetensors", "--weights", "w.safetensors")

@@ -250,9 +250,46 @@ def test_a_stream_holds_no_more_than_admission_counted(pipe: StreamPipeline, lea
     runtime = Runtime(pipe, admission=False, checkpoint_bytes=0)
     runtime.start()
     viewer, live = watch(runtime, fps=16.0, max_seconds=12.0, lead_s=lead_s, start_s=0.0)
-    promised = runtime._load(live.request, live.stream, live).bytes
+    promised = runtime.sizes.load(live.request, live.stream, live).bytes
     live.clock.origin_s -= 1000.0
     viewer.video()
     held = live.stream.state.cache.nbytes() + live.checkpoints.nbytes()
     runtime.close()
     assert held <= promised
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"first_block_frames": 1}, "began with an image as a block of its own.*streamgen stream --resume"),
+        ({"height": 64, "width": 48}, "another geometry than this model .height 64 instead of 32, width 48 instead"),
+        ({"patch": [1, 1, 1]}, "patch .1, 1, 1. instead of .1, 2, 2."),
+    ],
+)
+def test_a_state_of_another_geometry_is_refused(
+    runtime: Runtime, state: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        resumed(runtime, {**state, "geometry": {**state["geometry"], **change}})
+    assert runtime.stats().streams == 0
+
+
+def test_a_state_with_other_adapters_is_refused_before_it_touches_the_weights(
+    runtime: Runtime, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live streams share the model's weights: resuming one with its own would change them for all."""
+    viewer, _ = watch(runtime)
+    monkeypatch.setattr(type(runtime.pipe), "resume", lambda *given, **named: pytest.fail("it was resumed"))
+    own = {"files": {"ink": "0" * 24}, "changes": [[0, {"ink": 1.0}, None]]}
+    with pytest.raises(UserError, match=r"other LoRA files \(ink\) than the model here \(none\)"):
+        resumed(runtime, {**state, "adapters": own})
+    later = {"files": {"ink": "0" * 24}, "changes": [[0, {}, None], [4, {"ink": 0.5}, "recache"]]}
+    with pytest.raises(UserError, match=r"other LoRA files \(ink\)"):
+        resumed(runtime, {**state, "adapters": later})
+    runtime.pipe.loras["oil"] = 0.5
+    try:
+        with pytest.raises(UserError, match=r"other LoRA files \(none\) than the model here \(oil\)"):
+            resumed(runtime, state)
+    finally:
+        del runtime.pipe.loras["oil"]
+    viewer.video()

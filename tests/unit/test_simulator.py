@@ -349,7 +349,7 @@ def test_default_viewers_watch_what_was_measured(in_tmp_path: Path, capsys: pyte
     ("values", "message"),
     [
         ([], "must be an object"),
-        ({"viewers": [], "seconds": 5, "colour": 1}, "unknown field 'colour'; there are: devices, faults"),
+        ({"viewers": [], "seconds": 5, "colour": 1}, "unknown field 'colour'; there are: devices, factors, faults"),
         (
             {"viewers": [{"per_minute": "many"}], "seconds": 5},
             r"viewers\[0\]: per_minute is 'many'; it must be of type",
@@ -386,3 +386,10 @@ def test_a_scenario_that_makes_no_sense_is_named(tmp_path: Path, values: Any, me
 def test_a_mistake_is_one_line(given_: Given, message: str) -> None:
     with pytest.raises(UserError, match=message):
         simulate_command.run(given_, json=None, plot=None, overwrite=False)
+
+
+def test_measured_factors_replace_the_noise() -> None:
+    calm = replace(SCENARIO, faults=Faults(), noise=0.0)
+    given_factors = replace(calm, factors=(1.0,), noise=0.5)
+    assert play(given_factors)[0].lines == play(calm)[0].lines != play(replace(calm, factors=(1.0, 1.5)))[0].lines
+    assert simulate_command.scenario_of(Given()).factors == ()

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from streamgen.worlds import sprites
+from streamgen.worlds import painting, sprites
 from streamgen.worlds.sprites import Caption, parse
 
 
@@ -76,7 +76,7 @@ def test_straight_motion_wraps_around_the_edge() -> None:
     scenes, track = path(text, 128)
     x, y = track.centre[0, :, 0].unbind(1)
     assert ((x >= 0) & (x < 1)).all() and (y == y[0]).all()
-    steps = sprites._wrap(x.diff())
+    steps = painting.around(x.diff())
     assert torch.allclose(steps, scenes.speed / 16, atol=1e-5)
     assert (x.diff() < 0).any()
     # Nothing is lost at the edge: a frame has as much light while the sprite crosses it.
@@ -93,7 +93,7 @@ def test_straight_motion_wraps_around_the_edge() -> None:
 )
 def test_straight_motions_go_their_way(motion: str, sign: tuple[int, int]) -> None:
     _, track = path(f"a small red star {motion} over a black background", 8)
-    step = sprites._wrap(track.centre[0, 1, 0] - track.centre[0, 0, 0]) * 16
+    step = painting.around(track.centre[0, 1, 0] - track.centre[0, 0, 0]) * 16
     assert 0.25 <= float(step @ torch.tensor(sign, dtype=torch.float32)) <= 0.40
     assert float(step.abs().min()) < 1e-6
 
@@ -109,7 +109,7 @@ def test_bouncing_orbiting_growing_spinning() -> None:
     assert torch.allclose(offset.norm(dim=-1), torch.tensor(sprites.ORBIT_RADIUS), atol=1e-5)
     assert torch.allclose(offset[:, 0], -offset[:, 1], atol=1e-5)
     phase = torch.atan2(-offset[:, 0, 1], offset[:, 0, 0])
-    turned = sprites._wrap(phase.diff() / (2 * math.pi)) * 2 * math.pi * 16
+    turned = painting.around(phase.diff() / (2 * math.pi)) * 2 * math.pi * 16
     assert torch.allclose(turned, scenes.orbit_rate, atol=1e-3)  # counter-clockwise: y is up here
 
     for motion, sign in (("growing", 1), ("shrinking", -1)):
@@ -137,11 +137,11 @@ def test_spinning_is_clockwise_on_the_screen() -> None:
 def polygon(shape: str) -> torch.Tensor:
     """Corners of a shape of radius 1 that stands upright, y down, in order: [C, 2]."""
     if shape == "square":
-        h = sprites.SQUARE_HALF
+        h = painting.SQUARE_HALF
         return torch.tensor([(-h, -h), (h, -h), (h, h), (-h, h)])
     corners, far, near = {
-        "triangle": (3, 2 * sprites.TRIANGLE_APOTHEM, None),
-        "star": (10, sprites.STAR_TIP, sprites.STAR_DENT),
+        "triangle": (3, 2 * painting.TRIANGLE_APOTHEM, None),
+        "star": (10, painting.STAR_TIP, painting.STAR_DENT),
     }[shape]
     turn = 2 * math.pi * torch.arange(corners) / corners
     radius = torch.full((corners,), far)
@@ -189,7 +189,7 @@ def test_distance_equals_that_to_the_polygon(shape: str, angle: float) -> None:
 def test_pairs_stay_apart_and_inside() -> None:
     pairs = [c for c in sprites.captions("heldout") if c.count == "two"]
     track = sprites.track(sprites.sample_scenes(pairs, rng()), torch.arange(32) / 16)
-    apart = sprites._wrap(track.centre[:, :, 0] - track.centre[:, :, 1]).norm(dim=-1)
+    apart = painting.around(track.centre[:, :, 0] - track.centre[:, :, 1]).norm(dim=-1)
     extent = 2 * track.radius * sprites.SHAPE_EXTENT
     assert float(apart.min()) > 0.44
     assert float((apart - extent).min()) > 0.02  # background in between
@@ -255,10 +255,10 @@ def test_a_switch_keeps_position_and_changes_looks_at_once() -> None:
     old = sprites.track(scenes, torch.arange(17) / 16)
     new_scenes = sprites.switch_scenes(scenes, at / 16, after, rng(4))
     new = sprites.track(new_scenes, torch.arange(33) / 16)
-    moved = sprites._wrap(new.centre[:, 0, 0] - old.centre[:, 16, 0]).abs()
+    moved = painting.around(new.centre[:, 0, 0] - old.centre[:, 16, 0]).abs()
     assert float(moved.max()) < 1e-5
     assert torch.allclose(new.radius[:, 0], old.radius[:, 16], atol=1e-5)
-    step = sprites._wrap(new.centre[:, 1:, 0] - new.centre[:, :-1, 0]).norm(dim=-1)
+    step = painting.around(new.centre[:, 1:, 0] - new.centre[:, :-1, 0]).norm(dim=-1)
     assert float(step.max()) < (math.sqrt(2) * sprites.FOLLOW_PER_S + 1.1) / 16
     assert float(new.radius.diff(dim=1).abs()[:, :4].max()) <= (sprites.FOLLOW_PER_S + 0.15) / 16
     colors = [list(sprites.COLORS)[i] for i in new_scenes.color.tolist()]

@@ -112,3 +112,33 @@ def test_an_image_and_a_saved_stream_exclude_each_other(
     capsys.readouterr()
     assert stream("--resume", "s", "--image", "start.png", "--overwrite") == 2
     assert "begins a new stream" in one_line(capsys)
+
+
+def test_a_saved_stream_goes_on_with_its_loras_and_no_others(
+    stream: Callable[..., int], model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = ("--lora", "ink.safetensors=0.5", "--lora-at", "1.2=oil.safetensors=-0.5")
+    assert stream(STAR, *begun, "--save-state", "s", seconds="1.8", out="first") == 0
+    capsys.readouterr()
+    for wrong in ((), ("--lora", "ink.safetensors=0.5"), ("--lora", "oil.safetensors=0.7")):
+        assert stream("--resume", "s", *wrong, seconds="1", out="no") == 2
+        said = one_line(capsys)
+        assert ("made with the adapter" in said) if "oil.safetensors=0.7" not in wrong else ("oil" in said)
+    again = ("--lora", "oil.safetensors=-0.5", "--lora-at", "0=none")
+    assert stream("--resume", "s", *again, seconds="1.2", out="second") == 0
+
+    def begin(pipe: StreamPipeline) -> Stream:
+        pipe.load_lora("ink.safetensors", 0.5)
+        pipe.adapters.load(Path("oil.safetensors"))
+        made = pipe.stream(STAR)
+        made.use_loras({"oil": -0.5}, at_block=2)
+        made.use_loras({}, at_block=3)
+        return made
+
+    frames = library(model, 4, begin)
+    written(frames, "first")
+    written(frames[29:], "second")
+    assert stream(STAR, "--save-state", "plain", out="plain.y4m") == 0
+    capsys.readouterr()
+    assert stream("--resume", "plain", "--lora", "ink.safetensors", out="no") == 2
+    assert "goes on with no --lora; give that" in one_line(capsys)

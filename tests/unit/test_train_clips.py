@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from streamgen.geometry import VideoGeometry
-from streamgen.worlds import sprites
+from streamgen.worlds import painting, sprites
 from streamgen.worlds.sprites import Caption
 from streamgen_train.clips import Clips, Kind, make_clips
 from streamgen_train.data import pick_captions
@@ -45,7 +45,7 @@ def color_shown(frames: Tensor, background: str) -> str:
     votes = {}
     for name, value in sprites.COLORS.items():
         fill = torch.tensor(value, dtype=torch.float32)
-        shade = (pixels @ fill / (fill @ fill)).clamp(1 - sprites.RIM_DARKENING, 1)
+        shade = (pixels @ fill / (fill @ fill)).clamp(1 - painting.RIM_DARKENING, 1)
         votes[name] = int(((pixels - shade[:, None] * fill).abs().amax(1) < 2).sum())
     return max(votes, key=lambda name: votes[name])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import torch
 
 from streamgen.embedded_text import EmbeddedTextConfig
 from streamgen.errors import UserError
+from streamgen_train.loop import train
 from streamgen_train.objectives import ar, bidirectional
-from streamgen_train.videos.config import LatentConfig, PromptConfig, SourceConfig
+from streamgen_train.videos.broken import Broken
+from streamgen_train.videos.config import LatentConfig, PromptConfig, SourceConfig, VideoConfig
 from streamgen_train.videos.latents import LatentSource
 from tests.runs import turn
 from tests.tiny_latents import save_latents, save_text
-from tests.tiny_sprites import GEOMETRY, ar_values, spread
+from tests.tiny_sprites import GEOMETRY, ar_values, build_ar, save_codec, spread, train_config
+from tests.tiny_videos import damage, save_folder
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -88,6 +93,38 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         objective.batch(turn())
     with pytest.raises(UserError, match="latents or embeddings instead"):
         objective.export(objective.modules(), tmp_path / "model")
+
+
+def test_broken_clips_are_named_in_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that cannot be opened and those that cannot be decoded, each once, also when the run is continued."""
+    clips = save_folder(tmp_path / "clips", dict.fromkeys("abcdef", 32), size=(32, 32))
+    for name in "abcdef":
+        (clips / f"{name}.txt").write_text("a red star over snow")
+    damage(clips / "b.mp4")
+    (clips / "e.mp4").write_bytes(b"no video")
+    videos = VideoConfig(path=str(clips), buckets=((32, 32, 32),), max_broken_share=0.9)
+    codec = save_codec(tmp_path / "codec")
+
+    def run(steps: int) -> None:
+        objective = build_ar(codec, data=SourceConfig(videos=videos), gap_share=0.0, single_share=0.0)
+        train(objective, train_config(max_steps=steps), tmp_path / "run")
+
+    run(3)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "broken.jsonl").read_text().splitlines()]
+    assert sorted(row["file"] for row in rows) == ["b.mp4", "e.mp4"]
+    assert {row["file"]: row["reason"] for row in rows}["b.mp4"].startswith("cannot be decoded")
+    assert "skipping b.mp4: cannot be decoded" in capsys.readouterr().err
+    run(6)
+    assert len((tmp_path / "run" / "broken.jsonl").read_text().splitlines()) == 2
+
+
+def test_processes_of_a_run_name_a_clip_once(tmp_path: Path) -> None:
+    sources = [Broken(1.0, 20, tmp_path / "run") for _ in range(4)]
+    found = {f"{name}.mp4": "no video" for name in range(50)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda source: source.index(found, 50), sources))
+    rows = [json.loads(line)["file"] for line in (tmp_path / "run" / "broken.jsonl").read_text().splitlines()]
+    assert sorted(rows) == sorted(found)
 
 
 def test_whole_clips_too(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The transformer against Wan's formulas written out, and its three uses against each other (fp32, 1e-5)."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamgen.attention import block_causal_mask, teacher_forcing_mask
-from streamgen.ops import select
+from streamgen.ops import Ops, select
 from streamgen.rope import apply_rope, rope_table
 from streamgen.transformer import CausalWanModel, TransformerConfig, sinusoid
 
@@ -336,7 +337,7 @@ def test_bad_configs_are_named(change, message):
 
 def test_ops_report_what_runs():
     active = make().ops.active()
-    assert set(active) == {"layer_norm_modulate", "gate_residual", "rms_norm", "rms_norm_rope", "gelu_tanh"}
+    assert set(active) == {field.name for field in fields(Ops)} >= {"layer_norm_modulate", "rms_norm_rope", "gelu_tanh"}
     assert set(active.values()) == {"streamgen.ops"}
     with pytest.raises(ValueError, match=r"backend='cuda9'.*reference"):
         select("cuda9")

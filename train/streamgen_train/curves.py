@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-HIDDEN = ("step", "kind", "step_s", "steps_per_s", "clips_per_s", "elapsed_s", "lr_factor")
+SPEED = ("tokens_per_s", "tflop_per_s", "mfu")
+HIDDEN = ("step", "kind", "step_s", "steps_per_s", "clips_per_s", "elapsed_s", "lr_factor", *SPEED)
 COLUMNS, MOST_POINTS, SMOOTH_FROM = 3, 2000, 100
 
 

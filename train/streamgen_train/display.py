@@ -52,7 +52,10 @@ class Display:
 
     def row(self, done: int, total: int, numbers: Mapping[str, float]) -> None:
         losses = [f"{key} {value:.4g}" for key, value in numbers.items() if key.rsplit("/")[-1] == "loss"]
-        short = "  ".join([*losses, f"{numbers['clips_per_s']:.4g} clips/s"])
+        speed = [f"{numbers['clips_per_s']:.4g} clips/s"]
+        if "mfu" in numbers:
+            speed += [f"{numbers['tokens_per_s']:.4g} tokens/s", f"MFU {numbers['mfu']:.1%}"]
+        short = "  ".join([*losses, *speed])
         self._progress.update(self._task, completed=done, numbers=short)
         if not self._live:
             text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())

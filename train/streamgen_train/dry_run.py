@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +11,7 @@ from streamgen.costs import work_flops
 from streamgen_train.config import RunConfig, TrainConfig
 from streamgen_train.lora import adapt
 from streamgen_train.objective import Objective
+from streamgen_train.throughput import product_flops_per_s, step_flops
 
 DEVICES = {"A100 (312 TFLOP/s in bf16, 40 % of it)": 125e12, "H100 (989 TFLOP/s in bf16, 40 % of it)": 396e12}
 """Dense peak from the makers' data sheets; 40 % is what well-tuned training reaches, not a measurement."""
@@ -54,11 +53,6 @@ def state_bytes(train: TrainConfig, total: int, trainable: int) -> tuple[int, in
     return total * weight, trainable * (weight + masters + moments + 4)
 
 
-def step_flops(train: TrainConfig, objective: Objective) -> float:
-    """Arithmetic of one step over all processes."""
-    return train.accumulate * sum(work_flops(model, work) for model, work in objective.work())
-
-
 def _arithmetic(train: TrainConfig, objective: Objective) -> list[str]:
     parts = [(work.what, train.accumulate * work_flops(model, work)) for model, work in objective.work()]
     whole = sum(flops for _, flops in parts)
@@ -76,7 +70,7 @@ def _devices(train: TrainConfig, objective: Objective, state: int) -> list[str]:
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     frozen = sum(objective.frozen_parameters().values()) * dtype.itemsize
     working = objective.working_bytes(dtype.itemsize)
-    speed = measured_flops(dtype, train.threads)
+    speed = _here(dtype, train.threads)
     lines = [
         f"  memory of a device: state {state / 1e9:,.2f} GB (shared out by fsdp2) + frozen parts {frozen / 1e9:,.2f} GB"
         f" + activations and caches of a microbatch {working / 1e9:,.2f} GB",
@@ -96,20 +90,14 @@ def _possible(counts: Sequence[int], accumulate: int) -> list[int]:
     return [count for count in counts if accumulate % count == 0]
 
 
-def measured_flops(dtype: torch.dtype, threads: int, size: int = 768) -> float:
-    """FLOP/s of a matrix product here: the best of a few."""
+def _here(dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of a matrix product on this CPU with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        a, b = torch.randn(2, size, size).to(dtype)
-        best = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - start)
+        return product_flops_per_s(dtype, torch.device("cpu"))
     finally:
         torch.set_num_threads(before)
-    return float(2 * size**3 / best)
 
 
 def _count(module: nn.Module) -> tuple[int, int]:

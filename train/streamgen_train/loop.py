@@ -95,6 +95,7 @@ def _train(
         processes.first_does(lambda: stack.enter_context(checkpoint.run_lock(run_dir)))
         source = processes.first_does(lambda: _resume_from(run_dir, resume))
         saved = None if source is None else open_saved(source)
+        objective.run_dir = run_dir
         trainer = Trainer(objective, config, saved, processes)
         stop = stack.enter_context(StopSignals())
         outputs: list[Outputs] = []

@@ -55,6 +55,8 @@ class Objective(ABC):
     """Clips (or images) in one microbatch; only used to print a throughput."""
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    run_dir: Path | None = None
+    """The run's folder, set before `prepare`: what is found on the way may be noted there."""
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:

@@ -33,6 +33,7 @@ from streamgen_train.players import Player, make_players, optim_configs, owners
 from streamgen_train.precision import DTYPES, Masters, probe_precision
 from streamgen_train.saved import Saved
 from streamgen_train.seeds import ADAPTERS, EVALUATION, SHARED, step_seed
+from streamgen_train.throughput import Throughput
 from streamgen_train.timing import BACKWARD, Stopwatch, timed
 
 
@@ -58,6 +59,7 @@ class Trainer:
         self.notes: list[str] = []
         self._window: dict[str, list[float]] = {}  # since the last row: name -> [sum, count]
         self._frozen_print: str | None = None
+        self._throughput: Throughput | None = None
         self.watch = Stopwatch(self.device)
         self.precision = self._choose_precision(saved)
         dtype = DTYPES[self.precision]
@@ -223,10 +225,18 @@ class Trainer:
         means = {name: total / count for name, (total, count) in self._window.items()}
         clips = self.objective.clips_per_batch * self.config.accumulate * means.pop("turns")
         means["clips_per_s"], means["steps_per_s"] = clips / means["step_s"], 1 / means["step_s"]
+        means |= self._speed().of(means["step_s"])
         means |= self.watch.shares()
         means["elapsed_s"] = self.elapsed_s
         self._window = {}
         return means
+
+    def _speed(self) -> Throughput:
+        """The first time, it measures the device."""
+        if self._throughput is None:
+            dtype = DTYPES[self.precision]
+            self._throughput = Throughput(self.config, self.objective, dtype, self.device, self.processes.count)
+        return self._throughput
 
     def evaluate(self, call: Callable[[int, Mapping[str, nn.Module]], Any]) -> Any:
         """`call(step, EMA modules)` without gradients, with the same random numbers every time."""

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from streamgen.errors import UserError
 from streamgen_infer.arguments import Device, Json, Model, Overwrite, Threads
-from streamgen_infer.stream_options import CACHES, DTYPES
+from streamgen_infer.stream_options import CACHE_DTYPES, CACHES, DTYPES, WEIGHTS_DTYPES
 
 
 class Suites(TyperGroup):
@@ -51,6 +51,12 @@ def evaluate(
         typer.Option(help="Only captions with these words; repeatable.", metavar="ATTRIBUTE=WORD,..."),
     ] = None,
     cache: Annotated[str, typer.Option(help=" | ".join(CACHES))] = CACHES[0],
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Keys and values in one byte: " + " | ".join(CACHE_DTYPES))
+    ] = None,
+    weights_dtype: Annotated[
+        str | None, typer.Option(help="Weights of the layers in one byte: " + " | ".join(WEIGHTS_DTYPES))
+    ] = None,
     transition: Annotated[str, typer.Option(help="To the new prompt: recache | cut | scene")] = "recache",
     transitions: Annotated[
         str | None, typer.Option(help="Several of them; all switches for each.", metavar="NAME,...")
@@ -79,6 +85,8 @@ def evaluate(
         switches=switches,
         steps=() if steps is None else listed(steps, "--steps", int, "whole numbers"),
         cache=cache,
+        cache_dtype=cache_dtype,
+        weights_dtype=weights_dtype,
         transitions=listed(transition if transitions is None else transitions, "--transitions", str, "names"),
         device=device,
         dtype=dtype,

@@ -26,7 +26,11 @@ def run(options: Options, interrupts: Interrupts) -> int:
     """The command, its options checked (`options.check`); returns the exit code."""
     started_s = time.perf_counter()
     pipe = StreamPipeline.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, threads=options.threads
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        weights_dtype=options.weights_dtype,
+        threads=options.threads,
     )
     loaded_s = time.perf_counter() - started_s
     if pipe.geometry.height != pipe.geometry.width:
@@ -60,6 +64,8 @@ def _values(evaluation: Evaluation, loaded_s: float, *, interrupted: bool) -> di
         "model": options.model,
         "schedule": "serial",
         "cache": options.cache,
+        "cache_dtype": options.cache_dtype or pipe.dtype_name,
+        "weights_dtype": pipe.weights_dtype or pipe.dtype_name,
         "device": str(pipe.device),
         "dtype": pipe.dtype_name,
         "threads": torch.get_num_threads(),

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,7 @@ class Evaluation:
             self.geometry.blocks_for_seconds(seconds),
             steps=to.steps,
             cache=self.options.cache,
+            cache_dtype=self.options.cache_dtype,
             switches=switches,
             transition=transition,
             on_block=on_block,
@@ -266,12 +268,14 @@ class Evaluation:
     def _time_one(self, steps: int) -> None:
         """One stream alone, after one to warm up: the fields of a stream's report."""
         geometry, prompt = self.geometry, self.heldout[0].text
+        options = self.options
+        stream = partial(self.pipe.stream, prompt, steps=steps, cache=options.cache, cache_dtype=options.cache_dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, in __init__
-            next(self.pipe.stream(prompt, steps=steps, cache=self.options.cache))
+            next(stream())
             figures = StreamFigures(fps=geometry.fps, accepted_s=time.perf_counter())
             blocks = geometry.blocks_for_seconds(SEGMENT_S)
-            alone = self.pipe.stream(prompt, steps=steps, cache=self.options.cache, max_blocks=blocks)
+            alone = stream(max_blocks=blocks)
         started_s = time.perf_counter()
         for block in alone:
             ready_s = time.perf_counter()

@@ -12,6 +12,7 @@ from streamgen.errors import UserError
 from streamgen.worlds.grammar import ATTRIBUTES, WHOLE, Part, captions
 from streamgen_infer.report import check_report
 from streamgen_infer.sinks import check_place
+from streamgen_infer.stream_options import CACHE_DTYPES, CACHES, WEIGHTS_DTYPES, check_choices
 
 SEGMENT_S = 5.0
 """Length of a clip and of a segment; `streamgen.metrics.adherence.SEGMENT_S`, without its imports."""
@@ -35,6 +36,9 @@ class Options:
     steps: tuple[int, ...]
     """The first one's figures are the report's own; empty: the model's default."""
     cache: str
+    cache_dtype: str | None = None
+    """None: the model's own."""
+    weights_dtype: str | None = None
     transitions: tuple[str, ...]
     device: str
     dtype: str
@@ -78,6 +82,11 @@ def part_of(words: Sequence[str]) -> Part:
 
 def check(options: Options) -> None:
     """UserError for everything that can be refused without the model."""
+    check_choices(
+        ("--cache", options.cache, CACHES),
+        ("--cache-dtype", options.cache_dtype, CACHE_DTYPES),
+        ("--weights-dtype", options.weights_dtype, WEIGHTS_DTYPES),
+    )
     most = len(captions("heldout", options.part))
     ranges = [
         ("--n", options.n, 2, most),

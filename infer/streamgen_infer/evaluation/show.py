@@ -42,7 +42,8 @@ def show(values: Values) -> None:
     """Print the fields of a report (as they are in its JSON file: None for what is not known)."""
     several = values.get("by_steps", [values])
     codec = values["codec"]
-    print(f"\n{values['model']}: {values['n']} held-out captions, {', '.join(_steps(one) for one in several)}")
+    steps = ", ".join(_steps(one) for one in several)
+    print(f"\n{values['model']}: {values['n']} held-out captions, {steps}{numbers(values)}")
     print(aligned([["%", *_HEADS, ""], *(row for one in several for row in _adherence_rows(one, len(several) > 1))]))
     print(f"codec alone: obeys {_share(codec, 'adherence', 'obeys')}, {codec['psnr_db']:.2f} dB PSNR")
     for one in several:
@@ -68,6 +69,13 @@ def steps_text(count: int) -> str:
 
 def _steps(values: Values) -> str:
     return steps_text(values["steps"]) + ("" if values["trained"] else " (not trained for)")
+
+
+def numbers(values: Values) -> str:
+    """', bf16, keys and values int8, weights int8': of one-byte modes only what is in use."""
+    dtype = values["dtype"]
+    kept = (("keys and values", values.get("cache_dtype", dtype)), ("weights", values.get("weights_dtype", dtype)))
+    return ", ".join(["", dtype, *(f"{what} {name}" for what, name in kept if name != dtype)])
 
 
 def _adherence_rows(values: Values, several: bool) -> Iterator[list[str]]:

@@ -27,7 +27,9 @@ def live(
     ] = None,
     model: Model = "sprites",
     steps: Steps = None,
-    cache: Annotated[str | None, typer.Option(help=" | ".join(CACHES) + "; the first by default")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help=" | ".join(CACHES) + "; as the model was trained by default")
+    ] = None,
     transition: Annotated[str, typer.Option(help="To a new prompt: " + " | ".join(TRANSITIONS))] = "recache",
     fps: Annotated[float | None, typer.Option(help="Frames per second; the model's by default.", metavar="N")] = None,
     device: Device = "cpu",

@@ -272,7 +272,7 @@ class Show:
             seed=options.seed,
             fps=self.playback.fps,
             steps=options.steps,
-            cache=options.cache or CACHES[0],
+            cache=options.cache,
             lead_s=LEAD_S,
             max_seconds=self.max_seconds,
         )

@@ -160,6 +160,10 @@ def config_of(pipe: StreamPipeline, cache: str) -> RecordedConfig:
         odd.append("first_block_frames")
     if s.context_noise:
         odd.append("context_noise")
+    if s.guidance != 1:
+        odd.append("guidance")
+    if cache not in CACHE_OF.values():
+        odd.append(f"cache {cache} (--cache {' or '.join(CACHE_OF.values())} records it with another)")
     if odd:
         raise UserError(f"this model cannot be recorded: a recording has no place for its {', '.join(odd)}")
     with user_errors("this model cannot be recorded"):

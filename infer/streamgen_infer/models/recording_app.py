@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from streamgen_infer.arguments import Device, Json, Model, Overwrite, Steps, Threads
-from streamgen_infer.stream_options import CACHES
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -29,7 +28,7 @@ def record(
     blocks: Annotated[int, typer.Option(help="Blocks to record.", metavar="N")] = 8,
     steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Of the noise (and of random weights).", metavar="N")] = 0,
-    cache: Annotated[str | None, typer.Option(help=" | ".join(CACHES) + "; the model's own by default")] = None,
+    cache: Annotated[str | None, typer.Option(help="relative | window; the model's own by default")] = None,
     flows: Annotated[bool, typer.Option("--flows", help="Also what the network answers in every pass.")] = False,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32 | bf16")] = "fp32",

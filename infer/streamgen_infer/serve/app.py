@@ -35,6 +35,9 @@ def serve(
         int | None, typer.Option(help="With --engine ray: so many, each with --max-streams; 2 by default.", metavar="N")
     ] = None,
     max_sessions: Annotated[int, typer.Option(help="Sessions at once of one token.", metavar="N")] = 10,
+    max_waiting: Annotated[
+        int, typer.Option(help="Clients that may wait for a place when the machine is full.", metavar="N")
+    ] = 32,
     model: Model = "sprites",
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES) + "; auto takes the faster one here")] = "auto",
@@ -62,6 +65,7 @@ def serve(
         engine=engine,
         replicas=replicas,
         max_sessions=max_sessions,
+        max_waiting=max_waiting,
         model=model,
         device=device,
         dtype=dtype,
@@ -86,10 +90,24 @@ def load(
         Path | None,
         typer.Option(help="Prompts: lines of SECONDS=PROMPT, the first at 0; '#' comments.", metavar="FILE"),
     ] = None,
-    sessions: Annotated[int, typer.Option(help="Viewers in all.", metavar="N")] = 8,
+    sessions: Annotated[int, typer.Option(help="Viewers in all; with --churn, at once at most.", metavar="N")] = 8,
     per_second: Annotated[float, typer.Option(help="They arrive at random, so many a second.", metavar="N")] = 0.5,
-    seconds: Annotated[float, typer.Option(help="Each watches so much video.", metavar="N")] = 10,
-    timeout: Annotated[float, typer.Option(help="The whole run takes no longer, in seconds.", metavar="N")] = 300,
+    seconds: Annotated[
+        float, typer.Option(help="Each watches so much video; with --churn, at most.", metavar="N")
+    ] = 10,
+    churn: Annotated[
+        float | None,
+        typer.Option(
+            help="So long viewers come, leave, break off and come back; memory is watched.", metavar="SECONDS"
+        ),
+    ] = None,
+    apply_at: Annotated[
+        str, typer.Option(help="Prompts hold from: next_block | playhead", metavar="WHEN")
+    ] = "next_block",
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a place when the server is full.", metavar="N")] = 0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds for the whole run; with --churn, for the last ones.", metavar="N")
+    ] = 300,
     seed: Annotated[int, typer.Option(help="Of the arrivals and the videos.", metavar="N")] = 0,
     format: Annotated[str, typer.Option(help="jpeg | webp | m4s | rgb")] = "jpeg",
     token: Annotated[str | None, typer.Option(envvar="STREAMGEN_TOKEN", metavar="TOKEN")] = None,
@@ -105,6 +123,9 @@ def load(
         sessions=sessions,
         per_second=per_second,
         seconds=seconds,
+        churn_s=churn,
+        apply_at=apply_at,
+        wait_s=wait,
         timeout_s=timeout,
         seed=seed,
         format=format,

@@ -51,6 +51,7 @@ def run(options: Options) -> int:
             save_dir=options.save_dir,
             work_dir=Path(work_dir),
             model=options.model,
+            waiting=options.max_waiting,
             idle_s=options.idle_s,
             session_s=options.session_s,
             resume_s=options.resume_s,

@@ -6,17 +6,18 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from streamgen_infer import protocol as p
 from streamgen_infer.serve.frame_encoders import FrameEncoder, new_encoder
-from streamgen_infer.serve.limits import Rate, check_origin
+from streamgen_infer.serve.limits import Quota, Rate, check_origin
 from streamgen_infer.serve.session import MAX_ANSWERS, Session
 from streamgen_infer.serve.session_state import OVER
 from streamgen_infer.serve.viewer_queue import QueuedFrame
+from streamgen_infer.serve.waiting_line import Turn
 
 if TYPE_CHECKING:
     from streamgen_infer.server import FrameServer
@@ -53,8 +54,8 @@ class Connection:
             except p.Refusal as refusal:
                 self.server.metrics.error(refusal.code)
                 refusal.fatal = True
-                self.end = refusal
-            if self.end is None:
+                self.end = self.end or refusal
+            if self.end is None and self.session is not None:
                 await self._talk()
             await self._close()
         except (WebSocketDisconnect, ConnectionError) as error:
@@ -83,7 +84,11 @@ class Connection:
         if isinstance(first, p.Resume):
             session = await self.server.resume(first, quota)
         elif isinstance(first, p.Start):
-            session = await self.server.begin(first, quota)
+            begin = self._begin_in_turn if first.wait_seconds else self.server.begin
+            opened: Session | None = await begin(first, quota)
+            if opened is None:
+                return
+            session = opened
         else:
             raise p.Refusal("illegal_state", f"session.start or session.resume comes first, not {first.type}")
         self.session = session
@@ -96,6 +101,66 @@ class Connection:
             quality=start.quality,
         )
         session.attach(self, self.server.config(session, self.encoder), first if isinstance(first, p.Resume) else None)
+
+    async def _begin_in_turn(self, start: p.Start, quota: Quota) -> Session | None:
+        """A session, for which the client may have to wait; None if it wants none any more."""
+        turn = Turn(start.wait_seconds, self.clock)
+        opening = asyncio.create_task(self.server.begin(start, quota, turn))
+        beside = [asyncio.create_task(self._tell_place(turn)), asyncio.create_task(self._read_in_line())]
+        self.tasks = beside
+        try:
+            await asyncio.wait([opening, *beside], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            turn.leave()
+            left = [task for task in beside if task.done()]
+            for task in beside:
+                task.cancel()
+            self.tasks = []
+        await asyncio.gather(*beside, return_exceptions=True)
+        if not left:
+            return await opening
+        (session,) = await asyncio.gather(opening, return_exceptions=True)
+        if isinstance(session, Session):  # it came while the client went
+            await self.server.end(session)
+        for task in left:
+            if not task.cancelled():
+                task.result()
+        return None
+
+    async def _tell_place(self, turn: Turn) -> None:
+        while True:
+            await turn.changed.wait()
+            turn.changed.clear()
+            if turn.place is not None:
+                state = p.SessionState(state="queued", place=turn.place, message=turn.short)
+                await self._put(self.socket.send_text(state.model_dump_json(exclude_none=True)))
+
+    async def _read_in_line(self) -> None:
+        """What a client may say while it waits; returns when it stops."""
+        while True:
+            answer: p.Message
+            command_id = None
+            try:
+                message = await self._receive()
+                command_id = getattr(message, "id", None)
+                self._meter(message)
+                match message:
+                    case p.Playback():
+                        continue
+                    case p.Ping():
+                        answer = p.Pong(id=command_id, server_seconds=0.0)
+                    case p.Stop():
+                        answer = p.Received(id=command_id, command=message.type, version=1)
+                    case _:
+                        raise p.Refusal("illegal_state", f"the session waits for a place: it takes no {message.type}")
+            except p.Refusal as refusal:
+                self._strike(refusal)
+                message, answer = None, p.error_of(refusal, command_id)
+            await self._put(self.socket.send_text(answer.model_dump_json(exclude_none=True)))
+            if isinstance(message, p.Stop):
+                done = p.Done(chunks=0, frames=0, dropped_frames=0, stopped=True)
+                await self._put(self.socket.send_text(done.model_dump_json(exclude_none=True)))
+                return
 
     async def _receive(self) -> Any:
         """The next message; Refusal for what is none."""
@@ -173,7 +238,13 @@ class Connection:
                 self.server.metrics.frames.inc()
                 await asyncio.sleep(0)  # a socket with room never waits: let others have a turn
             else:
-                await self.socket.send_text(item.model_dump_json(exclude_none=True))
+                await self._put(self.socket.send_text(item.model_dump_json(exclude_none=True)))
+
+    async def _put(self, sending: Awaitable[None]) -> None:
+        try:
+            await sending
+        except RuntimeError as error:  # what a socket that closed meanwhile answers
+            raise ConnectionError(str(error)) from error
 
     async def _encode(self, item: QueuedFrame) -> bytes:
         if item.rgb_HWC.shape[0] * item.rgb_HWC.shape[1] <= INLINE_PIXELS:
@@ -182,7 +253,7 @@ class Connection:
 
     async def _send_bytes(self, header: p.FrameHeader, payload: bytes) -> None:
         message = p.pack_frame(header, payload)
-        await self.socket.send_bytes(message)
+        await self._put(self.socket.send_bytes(message))
         self.server.metrics.sent_bytes.inc(len(message))
 
     def _header(self, session: Session, item: QueuedFrame | None, size: int) -> p.FrameHeader:

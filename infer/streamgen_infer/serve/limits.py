@@ -162,6 +162,8 @@ class ServeSettings:
     save_every_s: float = 5.0
     retry_s: float = 5.0
     """What clients are told when the server drains."""
+    waiting: int = 32
+    """Clients that may wait for a place."""
     branches: int = 8
     """Kept per owner; the oldest gives way."""
     max_upload_bytes: int = 64 * 2**20

@@ -1,8 +1,7 @@
 """`streamgen load`: many viewers of one server, arriving at random (open loop), each playing a timeline of prompts.
 
-Latency of a frame: its deadline on the server's clock, moved to this clock by the acceptance of the session, against
-its arrival here. TTFF: `session.start` sent to the first frame. Control latency: prompt sent to the first frame that
-shows it. Jitter: |time between the first frames of two blocks - the block's media time|.
+With `--churn` they come and go for a while instead, see churn.py. What one viewer does and how it is measured is in
+load_viewer.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from streamgen.errors import UserError
 from streamgen_infer import protocol as p
 from streamgen_infer.errors import Failure
 from streamgen_infer.report import check_report, percentiles, write_report
+from streamgen_infer.serve import churn
+from streamgen_infer.serve.load_viewer import Seen, Switch, Visit, visit
 from streamgen_infer.sinks import check_place
 from streamgen_infer.stream_options import parse_switches
 
@@ -39,31 +40,15 @@ class Options:
     sessions: int = 8
     per_second: float = 0.5
     seconds: float = 10.0
+    churn_s: float | None = None
+    apply_at: str = "next_block"
+    wait_s: float = 0.0
     timeout_s: float = 300.0
     seed: int = 0
     format: str = "jpeg"
     token: str | None = None
     json: Path | None = None
     overwrite: bool = False
-
-
-@dataclass(slots=True)
-class Seen:
-    """What one viewer saw."""
-
-    ttff_s: float | None = None
-    frames: int = 0
-    late_frames: int = 0
-    dropped_frames: int = 0
-    late_blocks: int = 0
-    blocks: int = 0
-    latency_s: list[float] = field(default_factory=list)
-    jitter_s: list[float] = field(default_factory=list)
-    control_s: list[float] = field(default_factory=list)
-    refused_prompts: int = 0
-    resumes: int = 0
-    refused: str | None = None
-    failed: str | None = None
 
 
 def run(options: Options) -> int:
@@ -74,8 +59,27 @@ def run(options: Options) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"load needs {error.name}, which is not installed: pip install 'streamgen[serve]'") from None
     started_s = time.monotonic()
-    seen = asyncio.run(_arrivals(options, timeline, Viewer))
+    churned = None
+    if options.churn_s is None:
+        seen = asyncio.run(_arrivals(options, timeline, Viewer))
+    else:
+        plan = churn.Plan(
+            url=options.url,
+            token=options.token,
+            seconds=options.churn_s,
+            per_second=options.per_second,
+            most=options.sessions,
+            longest_s=options.seconds,
+            patience_s=options.timeout_s,
+            seed=options.seed,
+            start=_start(options),
+            prompts=tuple(prompt for _, prompt in timeline),
+            apply_at=options.apply_at,
+        )
+        seen, churned = asyncio.run(churn.run(plan, Viewer))
     values = report(options, seen, time.monotonic() - started_s)
+    if churned is not None:
+        values |= churned.values()
     if options.json is not None:
         write_report(options.json, values)
     else:
@@ -83,7 +87,9 @@ def run(options: Options) -> int:
 
         print(json.dumps(values, indent=2))
     if all(one.failed for one in seen):
-        raise Failure(f"no viewer saw anything: {seen[0].failed}")
+        raise Failure(f"no viewer saw anything: {seen[0].failed if seen else 'none came'}")
+    if churned is not None and (wrong := churned.wrong(values)):
+        raise Failure(wrong)
     return 0
 
 
@@ -96,11 +102,15 @@ def check(options: Options) -> tuple[tuple[float, str], ...]:
         ("--per-second", options.per_second, 1e-3, 1e3),
         ("--seconds", options.seconds, 0.1, MAX_RUN_S),
         ("--timeout", options.timeout_s, 1, MAX_RUN_S),
+        ("--churn", options.churn_s, 1, MAX_RUN_S),
+        ("--wait", options.wait_s, 0, p.MAX_WAIT_SECONDS),
     ):
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; it must be {low} to {high}")
     if options.format not in p.FORMATS:
         raise UserError(f"--format {options.format!r} does not exist; there are: {', '.join(p.FORMATS)}")
+    if options.apply_at not in ("next_block", "playhead"):
+        raise UserError(f"--apply-at {options.apply_at!r} does not exist; there are: next_block, playhead")
     if options.json is not None:
         check_place(options.json, "--json")
         check_report(options.json, "--json", overwrite=options.overwrite)
@@ -127,7 +137,7 @@ async def _arrivals(options: Options, timeline: tuple[tuple[float, str], ...], v
         async with asyncio.timeout(options.timeout_s):
             for number in range(options.sessions):
                 seen.append(Seen())
-                tasks.append(asyncio.create_task(_visit(options, timeline, viewer, number, seen[-1])))
+                tasks.append(asyncio.create_task(visit(_plan(options, timeline, number), viewer, seen[-1])))
                 await asyncio.sleep(chance.expovariate(options.per_second) if number + 1 < options.sessions else 0)
             await asyncio.gather(*tasks)
     except TimeoutError:
@@ -137,50 +147,20 @@ async def _arrivals(options: Options, timeline: tuple[tuple[float, str], ...], v
     return seen
 
 
-async def _visit(
-    options: Options, timeline: tuple[tuple[float, str], ...], viewer: Any, number: int, seen: Seen
-) -> None:
-    asked_s = time.monotonic()
-    start = {"prompt": timeline[0][1], "seed": options.seed + number, "format": options.format}
-    try:
-        async with viewer(options.url, token=options.token, max_seconds=options.seconds, **start) as watching:
-            await _watch(watching, timeline[1:], asked_s, seen)
-            seen.resumes = watching.resumed
-    except p.Refusal as refusal:
-        seen.refused = refusal.code
-    except Exception as error:  # noqa: BLE001 (counted and told in the report: other viewers go on)
-        seen.failed = f"{type(error).__name__}: {error}"
+def _start(options: Options) -> dict[str, Any]:
+    waiting = {"wait_seconds": options.wait_s} if options.wait_s else {}
+    return {"format": options.format, **waiting}
 
 
-async def _watch(watching: Any, switches: tuple[tuple[float, str], ...], asked_s: float, seen: Seen) -> None:
-    waiting, told = list(switches), dict[int, float]()
-    block, block_at_s, block_media_s = (-1, -1), 0.0, 0.0
-    async for frame in watching.frames():
-        header = frame.header
-        if header.kind != p.MEDIA:
-            continue
-        if seen.ttff_s is None:
-            seen.ttff_s = frame.at_s - asked_s
-        late_s = frame.at_s - (watching.accepted_at_s + header.deadline_s)
-        seen.frames += 1
-        seen.dropped_frames += header.dropped
-        seen.late_frames += late_s > 0
-        seen.latency_s.append(late_s)
-        if (header.epoch, header.block) != block:
-            if seen.blocks:
-                seen.jitter_s.append(abs(frame.at_s - block_at_s - (header.media_s - block_media_s)))
-            block, block_at_s, block_media_s = (header.epoch, header.block), frame.at_s, header.media_s
-            seen.blocks += 1
-            seen.late_blocks += late_s > 0
-        for version in [version for version in told if header.prompt_version >= version]:
-            seen.control_s.append(frame.at_s - told.pop(version))
-        if waiting and header.media_s >= waiting[0][0]:
-            sent_s = time.monotonic()
-            try:
-                answer = await watching.prompt(waiting.pop(0)[1])
-                told[answer.prompt_version] = sent_s
-            except p.Refusal:  # most likely the stream has ended: all its frames are made
-                seen.refused_prompts += 1
+def _plan(options: Options, timeline: tuple[tuple[float, str], ...], number: int) -> Visit:
+    start = {"prompt": timeline[0][1], "seed": options.seed + number, "max_seconds": options.seconds}
+    more = {"apply_at": options.apply_at}
+    return Visit(
+        url=options.url,
+        token=options.token,
+        start={**_start(options), **start},
+        switches=[Switch(at_s, prompt, more) for at_s, prompt in timeline[1:]],
+    )
 
 
 def report(options: Options, seen: list[Seen], wall_s: float) -> dict[str, Any]:
@@ -206,7 +186,10 @@ def report(options: Options, seen: list[Seen], wall_s: float) -> dict[str, Any]:
         "frames": sum(one.frames for one in served),
         "blocks": blocks,
         "fps": round(sum(one.frames for one in served) / wall_s, 3),
+        "queued": sum(one.queued for one in seen),
         "dropped_frames": sum(one.dropped_frames for one in served),
+        "lost_frames": sum(one.lost_frames for one in served),
+        "repeated_frames": sum(one.repeated_frames for one in served),
         "deadline_misses": misses,
         "miss_rate": misses / blocks if blocks else None,
         "worst_session_miss_rate": max((one.late_blocks / one.blocks for one in served), default=None),
@@ -214,6 +197,8 @@ def report(options: Options, seen: list[Seen], wall_s: float) -> dict[str, Any]:
         "lateness_s": _spread([value for one in served for value in one.latency_s]),
         "jitter_s": _spread([value for one in served for value in one.jitter_s]),
         "control_latency_s": _spread([value for one in served for value in one.control_s]),
+        "prompt_to_screen_s": _spread([value for one in served for value in one.screen_s]),
+        "prompt_to_screen_media_s": _spread([value for one in served for value in one.screen_media_s]),
     }
 
 

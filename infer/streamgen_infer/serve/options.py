@@ -25,6 +25,7 @@ class Options:
     engine: str = "local"
     replicas: int | None = None
     max_sessions: int = 10
+    max_waiting: int = 32
     model: str = "sprites"
     device: str = "cpu"
     dtype: str = "auto"
@@ -47,6 +48,7 @@ def check(options: Options) -> Tokens:
     for name, value, low, high in (
         ("--port", options.port, 0, 65535),
         ("--max-streams", options.max_streams, 1, 4096),
+        ("--max-waiting", options.max_waiting, 0, 4096),
         ("--max-sessions", options.max_sessions, 1, 4096),
         ("--threads", options.threads, 1, 1024),
         ("--replicas", options.replicas, 1, 256),

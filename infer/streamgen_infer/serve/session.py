@@ -7,22 +7,22 @@ All of a session happens on the event loop's thread: what the runtime's thread g
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from streamgen.errors import UserError
 from streamgen_infer import protocol as p
-from streamgen_infer.requests import MadeBlock, Receipt, Refused, StreamEvent, StreamRequest
+from streamgen_infer.requests import MadeBlock, Receipt, Refused, StreamEvent
 from streamgen_infer.serve.clip_recorder import ClipRecorder
 from streamgen_infer.serve.commands import finish_recording, obey
 from streamgen_infer.serve.metrics import ServeMetrics
+from streamgen_infer.serve.opening import open_stream
 from streamgen_infer.serve.receipts import Receipts
 from streamgen_infer.serve.session_state import LIVE, OVER, Engine, Lifecycle, Live
 from streamgen_infer.serve.viewer_queue import BlockInfo, QueuedFrame, ViewerQueue
@@ -34,6 +34,11 @@ MAX_ANSWERS = 64
 
 class Session:
     """Made by the server for a `session.start`; `open` before anything else."""
+
+    geometry: Any
+    fps: float
+    queue: ViewerQueue
+    """From `open` on, as those above."""
 
     def __init__(
         self,
@@ -52,7 +57,8 @@ class Session:
         self.life, self.lock, self.wake = Lifecycle(), asyncio.Lock(), asyncio.Event()
         self.accepted_s = self.heard_s = self.left_s = clock()
         self.opened = False
-        self._live: Live | None = None
+        self.given: Live | None = None
+        """What the engine gave."""
         self.connection: object | None = None
         self.answers: deque[p.Message] = deque()
         self.receipts = Receipts()
@@ -80,95 +86,23 @@ class Session:
     @property
     def live(self) -> Live:
         """The runtime's stream, from `open` until the end."""
-        if self._live is None:
+        if self.given is None:
             raise p.Refusal("illegal_state", f"the session is {self.life.state}")
-        return self._live
+        return self.given
 
-    async def open(self, engine: Engine, saved: dict[str, Any] | None = None, *, hold: bool = False) -> None:
-        """Ask for the stream; Refusal if it is not to be had. hold: it makes nothing before its first `play`."""
-        start, loop = self.start, asyncio.get_running_loop()
-        request = StreamRequest(
-            prompt=start.prompt or "",
-            seed=start.seed,
-            fps=start.fps,
-            steps=start.steps,
-            cache=start.cache,
-            lead_s=start.streaming_buffer_seconds,
-            start_s=start.start_seconds,
-            max_seconds=start.max_seconds,
-            paused=hold or (saved is None and bool(start.timeline)),
-            saved=saved,
-        )
+    async def open(
+        self,
+        engine: Engine,
+        saved: dict[str, Any] | None = None,
+        *,
+        hold: bool = False,
+        again: Callable[[Refused], Awaitable[bool]] | None = None,
+    ) -> None:
+        """Ask for the stream; Refusal if it is not to be had. hold: it makes nothing before its first `play`.
 
-        def post(take: Callable[[Any], None]) -> Callable[[Any], None]:
-            def posted(given: Any) -> None:
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(take, given)
-
-            return posted
-
-        opening = functools.partial(
-            engine.open, request, on_block=post(self.take_block), on_event=post(self.take_event)
-        )
-        self.go("queued")
-        try:
-            self._live = await asyncio.to_thread(opening)
-        except Refused as error:
-            self.metrics.refused(error.resource)
-            code: p.Code = "memory" if error.resource == "memory" else "overload"
-            self.go("closed")
-            raise p.Refusal(
-                code, str(error), fatal=True, retry_after_s=error.retry_after_s, numbers=error.numbers
-            ) from None
-        except UserError as error:
-            self.metrics.refused("request")
-            self.go("closed")
-            raise p.Refusal("bad_request", str(error), fatal=True) from None
-        try:
-            await self._opened(saved)
-            if request.paused and not hold:
-                await self.call(self.live.play)
-        except BaseException:
-            await self.close()
-            raise
-
-    async def _opened(self, saved: dict[str, Any] | None) -> None:
-        """The stream is there: give it its prompts."""
-        if self.life.state != "queued":
-            raise p.Refusal("illegal_state", "the session was ended while it opened", fatal=True)
-        start = self.start
-        self.metrics.admitted()
-        self.accepted_s = self.clock()
-        self.geometry, self.fps = self.live.geometry, self.live.fps
-        self._new_queue()
-        self.queue.waiting.extend(self.tail)
-        self.tail.clear()
-        self.opened = True
-        self.go("warming")
-        for number, entry in enumerate(start.timeline if saved is None else ()):
-            change = p.Interaction(
-                event_id=f"timeline-{number}",
-                event=p.Event(prompt=entry.prompt),
-                transition=entry.transition,
-                transition_chunks=entry.transition_chunks,
-                at_seconds=entry.at_seconds,
-            )
-            try:
-                await obey(self, p.Interact(type="session.interaction", interaction=change))
-            except p.Refusal as refusal:
-                raise p.Refusal("bad_request", f"timeline {number}: {refusal}", fatal=True) from None
-        while self.early:
-            self.take_block(self.early.pop(0))
-
-    def _new_queue(self) -> None:
-        fps, block_frames = self.fps, self.geometry.block_pixel_frames(1)
-        window = self.start.window_seconds
-        self.queue = ViewerQueue(
-            fps=fps,
-            limit_frames=max(block_frames, round(self.start.queue_seconds * fps)),
-            drop=self.start.drop,
-            window_frames=None if window is None else max(1, round(window * fps)),
-        )
+        again: waits until it is worth asking once more, after the engine refused; False, or a Refusal: it is not.
+        """
+        await open_stream(self, engine, saved, hold=hold, again=again)
 
     def take_block(self, block: MadeBlock) -> None:
         """Frames from the runtime, on the loop's thread."""
@@ -245,7 +179,7 @@ class Session:
         """What the connection sends next; None: wait for `wake`."""
         if self.answers:
             return self.answers.popleft()
-        if self.life.state == "playing":
+        if self.life.state == "playing" or (self.finished and not self.done):
             if self.queue.waiting and self.queue.open and self.queue.waiting[0].info is not self.announced:
                 return self._announce(self.queue.waiting[0].info)
             if item := self.queue.take():
@@ -258,6 +192,11 @@ class Session:
                 self._finish()
                 return self.answers.popleft()
         return None
+
+    @property
+    def finished(self) -> bool:
+        """The stream came to its own end, and all its frames were sent; that they arrived is not known."""
+        return self.ended and not self.stopped and self.life.state == "closed"
 
     def _announce(self, info: BlockInfo) -> p.ChunkMetadata:
         self.announced = info
@@ -324,9 +263,9 @@ class Session:
 
     def nudge(self, name: str, *arguments: float) -> None:
         """Tell the stream, if there is one still; it never blocks and needs no answer."""
-        if self._live is not None and not self.ended:
+        if self.given is not None and not self.ended:
             with suppress(UserError):  # it has ended this moment: the event is under way
-                getattr(self._live, name)(*arguments)
+                getattr(self.given, name)(*arguments)
 
     def media_s(self, block: int) -> float:
         """Media time of a block's first frame."""
@@ -342,6 +281,9 @@ class Session:
             self.skip_through = max(self.skip_through, resume.last_frame)
             while self.queue.waiting and self.queue.waiting[0].key <= (resume.epoch, resume.last_frame):
                 self.queue.waiting.popleft()
+            if self.finished:  # the end is said again, behind the frames that did not come through
+                self.done = False
+                self.answers = deque(one for one in self.answers if not isinstance(one, p.Done))
         self.connection, self.announced = connection, None
         self.heard_s = self.clock()
         first = next(iter(self.queue.waiting), None)
@@ -359,7 +301,7 @@ class Session:
             state=self.life.state,
             prompt=self.prompt,
             prompt_version=max(0, self.newest_version),
-            warnings=[] if self.live is None else list(self.live.warnings),
+            warnings=[] if self.given is None else list(self.given.warnings),
         )
         if resumed:
             self.answers.appendleft(started)
@@ -400,7 +342,7 @@ class Session:
                 self._finish()
             else:
                 self.go("closed")
-        live, self._live = self._live, None
+        live, self.given = self.given, None
         if live is not None:
             await asyncio.to_thread(live.close)
             await finish_recording(self)

@@ -1,4 +1,4 @@
-"""`streamgen plan simulate` and its options. Nothing heavy is imported here."""
+"""`streamgen plan simulate` and `streamgen plan check`, and their options. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -72,3 +72,20 @@ def simulate(
         processes=processes,
     )
     return simulate_command.run(given, json=json, plot=plot, overwrite=overwrite)
+
+
+@app.command("check")
+def check(
+    costs: Annotated[Path, typer.Option(help="Measured or assumed costs.", metavar="FILE")],
+    model: Annotated[str, typer.Option(help="A model, or a published one's name.", metavar="DIR|NAME")] = "longlive",
+    devices: Annotated[int, typer.Option(help="1 to so many, all alike.", min=1, max=64, metavar="P")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Steps; the model's by default.", min=1, max=64)] = None,
+    send_ms: Annotated[float, typer.Option(help="From one device to another.", min=0, max=1e6, metavar="N")] = 0.1,
+    json: Json = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Play every schedule on 1 to P devices beside the planner's bound; exit code 1 below nine tenths of it."""
+    from streamgen_infer.plan import check as command
+
+    command.check_target(json, overwrite=overwrite)
+    return command.run(model, costs, devices=devices, steps=steps, send_ms=send_ms, json=json)

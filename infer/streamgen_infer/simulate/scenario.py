@@ -65,6 +65,8 @@ class Scenario:
     """Of one device, for streams."""
     noise: float = 0.05
     """Standard deviation of the logarithm of a launch's time."""
+    factors: tuple[float, ...] = ()
+    """In place of `noise`: measured times of launches over predicted ones, drawn at random."""
     faults: Faults = field(default_factory=Faults)
     rules: Rules = field(default_factory=Rules)
     limits: Limits = field(default_factory=Limits)
@@ -113,7 +115,7 @@ def _record(kind: type, values: Any, where: str) -> Any:
             made[name] = _record(nested[name], value, place)
         elif name == "viewers" and isinstance(value, list):
             made[name] = tuple(_record(Viewers, one, f"{place}[{i}]") for i, one in enumerate(value))
-        elif name == "trained_steps" and isinstance(value, list):
+        elif name in ("trained_steps", "factors") and isinstance(value, list):
             made[name] = tuple(value)
         elif hints[name] in (int, float, bool, str) and not _fits(value, hints[name]):
             raise UserError(f"{place} is {value!r}; it must be of type {hints[name].__name__}")
@@ -166,5 +168,7 @@ def check(scenario: Scenario) -> None:
     for name, value, least, most in ranges:
         if not (math.isfinite(value) and least <= value <= most):
             raise UserError(f"{name} is {value:g}; it must be {least:g} to {most:g}")
+    if not all(isinstance(one, int | float) and 1e-6 <= one <= 1e6 for one in scenario.factors):
+        raise UserError("factors must be numbers of 1e-06 to 1e+06")
     if not scenario.viewers:
         raise UserError("viewers is empty; the scenario needs at least one kind of them")

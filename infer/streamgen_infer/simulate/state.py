@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -82,6 +84,8 @@ class Device:
     order: list[SimulatedStream] = field(default_factory=list)
     most_streams: int = 0
     """That it has held at once."""
+    served_s: float = inf
+    """No stream was served longer ago than that."""
     noises: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, stream: SimulatedStream) -> None:
@@ -91,6 +95,7 @@ class Device:
         self.order.append(stream)
         self.views.append(stream.view())
         self.most_streams = max(self.most_streams, len(self.order))
+        self.served_s = min(self.served_s, stream.served_s)
 
     def remove(self, stream: SimulatedStream) -> None:
         """Let go of a stream; the last one takes its place in the list."""
@@ -101,10 +106,11 @@ class Device:
             last.slot = stream.slot
         del self.streams[stream.id]
 
-    def noise(self, sigma: float) -> tuple[float, float]:
+    def noise(self, sigma: float, factors: Sequence[float]) -> tuple[float, float]:
         """(factor on the launch's time, a number of [0, 1) that decides whether it fails)"""
         if not self.noises:
-            times = np.exp(sigma * self.random.standard_normal(4096))
+            drawn = self.random.choice(factors, 4096) if factors else np.exp(sigma * self.random.standard_normal(4096))
+            times = np.asarray(drawn, float)
             self.noises = list(zip(times.tolist(), self.random.random(4096).tolist(), strict=True))
         return self.noises.pop()
 

@@ -146,7 +146,7 @@ class VideoObjective(Objective):
             self.codec = load_codec(c.codec_from)
             self.codec.requires_grad_(False)
         if c.data is not None:
-            self.source = open_source(c.data)
+            self.source = open_source(c.data, self.run_dir)
             if isinstance(self.source, LatentSource) and c.codec_from is not None:
                 self.source.check_codec(c.codec_from)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import threading
@@ -63,12 +64,13 @@ class Broken:
         )
 
     def _log(self, found: dict[str, str]) -> None:
-        """One line of broken.jsonl for each that is not there yet."""
+        """One line of broken.jsonl for each that is not there yet; all processes of a run write to one file."""
         if self._log_dir is None or not found:
             return
-        path = self._log_dir / BROKEN_FILE
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        there = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
         lines = [json.dumps({"file": name, "reason": reason}) for name, reason in found.items()]
-        with open(path, "a", encoding="utf-8") as file:
+        with open(self._log_dir / BROKEN_FILE, "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            there = set(file.read().splitlines())
             file.write("".join(f"{line}\n" for line in lines if line not in there))

@@ -1,0 +1,258 @@
+"""Blocks of a model of random weights on a device, in one of several settings, with the device time of every stage.
+
+For `bench_cuda`. Times of a GPU are those between events on its stream, those of a CPU are the clock's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from streamgen.cache import CacheSpec, KVCache, QuantisedKVCache
+from streamgen.capture import Recorder
+from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
+from streamgen.flow import step_sigmas
+from streamgen.geometry import VideoGeometry
+from streamgen.ops import Ops
+from streamgen.pixels import to_uint8
+from streamgen.rollout import Sampling, StreamState, rollout_block
+from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.weights import Unfilled
+from streamgen_infer.bench import SHIFT, STEPS, read_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One way to stream."""
+
+    name: str
+    window_frames: int
+    sink_frames: int
+    policy: str = "window"
+    cache_dtype: str | None = None
+    weights_dtype: Literal["fp8"] | None = None
+    """Of the products, weights and inputs (`streamgen.float8_linear`); in the model once, they stay so."""
+    target_ms: float | None = None
+    """Per block; what was aimed at on an H200."""
+
+
+SETTINGS = (
+    Setting(name="window 21", window_frames=21, sink_frames=0, target_ms=300),
+    Setting(name="window 12", window_frames=12, sink_frames=3, target_ms=210),
+    Setting(name="window 12, relative positions", window_frames=12, sink_frames=3, policy="relative", target_ms=210),
+    Setting(name="window 21, fp8 cache", window_frames=21, sink_frames=0, cache_dtype="fp8"),
+    Setting(name="window 12, fp8 cache", window_frames=12, sink_frames=3, cache_dtype="fp8"),
+    Setting(  # last of all: there is no way back to the weights as they were
+        name="window 12, fp8 weights",
+        window_frames=12,
+        sink_frames=3,
+        weights_dtype="fp8",
+        target_ms=140,
+    ),
+    Setting(
+        name="window 12, fp8 weights and cache",
+        window_frames=12,
+        sink_frames=3,
+        cache_dtype="fp8",
+        weights_dtype="fp8",
+        target_ms=140,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What is measured, and where."""
+
+    config: TransformerConfig
+    codec: TaehvConfig
+    geometry: VideoGeometry
+    settings: tuple[Setting, ...]
+    device: torch.device
+    dtype: torch.dtype
+    steps: int = STEPS
+    recorder: Recorder | None = None
+    """Of `streamgen.capture`; CUDA graphs by default."""
+
+
+def wan(device: torch.device) -> Bench:
+    """Wan 1.3B at 480 x 832, and `taew2_1`'s sizes."""
+    return Bench(
+        config=read_config(TransformerConfig, "model/wan_1_3b.yaml"),
+        codec=TaehvConfig(),
+        geometry=VideoGeometry(height=480, width=832, latent_channels=16, first_latent_frames=1),
+        settings=SETTINGS,
+        device=device,
+        dtype=torch.bfloat16,
+    )
+
+
+# Time.
+
+
+class Clock(Protocol):
+    """Marks moments of the device's work."""
+
+    def mark(self) -> Any: ...
+
+    def ms(self, start: Any, end: Any) -> float: ...
+
+    def wait(self) -> None:
+        """Until the device has done all it was given."""
+        ...
+
+
+class EventClock:
+    """CUDA events on the current stream; `ms` may be asked once both have passed."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return float(start.elapsed_time(end))
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+class WallClock:
+    """Of a CPU, where work is done when the call returns."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def ms(self, start: float, end: float) -> float:
+        return 1000 * (end - start)
+
+    def wait(self) -> None:
+        return None
+
+
+def clock_of(device: torch.device) -> Clock:
+    return EventClock() if device.type == "cuda" else WallClock()
+
+
+# Blocks.
+
+
+@dataclass(slots=True)
+class Blocks:
+    """A stream of a setting, made block by block, with the device time of every stage."""
+
+    bench: Bench
+    setting: Setting
+    model: CausalWanModel
+    codec: TaehvCodec
+    clock: Clock
+    state: StreamState = field(init=False)
+    text: TextContext = field(init=False)
+    frames: Tensor | None = None
+    """Of the last block, uint8 on the host."""
+
+    def __post_init__(self) -> None:
+        self.state = StreamState(
+            geometry=self.bench.geometry, cache=new_cache(self.bench, self.setting), seeds=(0,), ops=self.model.ops
+        )
+        self.text = random_text(self.bench, self.model)
+
+    @torch.no_grad()
+    def make(self, steps: int | None = None) -> dict[str, Any]:
+        """The next block -> milliseconds: whole, of each stage, and of the host until all was launched."""
+        clock = self.clock
+        stages: dict[str, list[float]] = {"enter": [], "denoise": [], "decode": [], "commit": []}
+        moments: list[tuple[str, Any]] = []
+        began = time.perf_counter()
+        first = clock.mark()
+        rollout_block(
+            self.model,
+            self.state,
+            self.text,
+            Sampling(sigmas=step_sigmas(steps or self.bench.steps, SHIFT)),
+            mark=lambda stage: moments.append((stage, clock.mark())),
+            emit=lambda latents: self._decode(latents, moments),
+        )
+        launched_ms = 1000 * (time.perf_counter() - began)
+        clock.wait()
+        wall_ms = 1000 * (time.perf_counter() - began)
+        before = first
+        for stage, moment in moments:
+            stages[stage].append(clock.ms(before, moment))
+            before = moment
+        return {
+            "block_ms": wall_ms,
+            "device_ms": clock.ms(first, before),
+            "launched_ms": launched_ms,
+            "denoise_ms": stages["denoise"],
+            "decode_ms": sum(stages["decode"]),
+            "commit_ms": sum(stages["commit"]),
+        }
+
+    @torch.no_grad()
+    def first_frame_ms(self) -> float:
+        """From a prompt's embeddings to the first block's frames on the host: a new stream of a warm process."""
+        self.clock.wait()
+        began = time.perf_counter()
+        self.text = random_text(self.bench, self.model)
+        done_s: list[float] = []
+
+        def decode(latents: Tensor) -> None:
+            self._decode(latents, [])
+            done_s.append(time.perf_counter())
+
+        sampling = Sampling(sigmas=step_sigmas(self.bench.steps, SHIFT))
+        rollout_block(self.model, self.state, self.text, sampling, emit=decode)
+        self.clock.wait()
+        return 1000 * (done_s[0] - began)
+
+    def _decode(self, latents: Tensor, moments: list[tuple[str, Any]]) -> None:
+        video, self.state.codec = self.codec.decode_stream(latents, self.state.codec)
+        self.frames = to_uint8(video).cpu()
+        moments.append(("decode", self.clock.mark()))
+
+
+def new_cache(bench: Bench, setting: Setting) -> KVCache:
+    """Empty, of the setting's window."""
+    config, geometry = bench.config, bench.geometry
+    spec = CacheSpec(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        grid_height=geometry.grid_height,
+        grid_width=geometry.grid_width,
+        window_frames=setting.window_frames,
+        sink_frames=setting.sink_frames,
+        rope_theta=config.rope_theta,
+        policy=setting.policy,
+    )
+    if setting.cache_dtype is None:
+        return KVCache(spec, dtype=bench.dtype, device=bench.device)
+    return QuantisedKVCache(spec, storage=setting.cache_dtype, dtype=bench.dtype, device=bench.device)
+
+
+def random_text(bench: Bench, model: CausalWanModel) -> TextContext:
+    rows = torch.randn(1, 1, bench.config.text_len, bench.config.text_dim).to(bench.device, bench.dtype)
+    return model.encode_text(rows)
+
+
+def random_model(bench: Bench, table: Ops, attention: str) -> CausalWanModel:
+    """Weights small enough that activations stay finite."""
+    with torch.device(bench.device), Unfilled():
+        model = CausalWanModel(bench.config, ops=table, attention_backend=attention)
+    model = model.to(bench.dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".norm_q.weight", ".norm_k.weight", ".norm3.weight")):
+            parameter.fill_(1)
+        else:
+            parameter.uniform_(-0.02, 0.02)
+    return model
+
+
+def random_codec(bench: Bench) -> TaehvCodec:
+    codec = TaehvCodec(bench.codec).to(bench.device, bench.dtype).eval().requires_grad_(False)
+    return codec.to(memory_format=torch.channels_last) if bench.device.type == "cuda" else codec  # type: ignore[call-overload]
