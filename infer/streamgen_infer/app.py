@@ -14,7 +14,7 @@ import streamgen_infer.simulate.app  # noqa: F401 (`plan simulate` registers its
 from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer.arguments import Device, Model, Overwrite, Steps, Threads
-from streamgen_infer.bench_app import app as benching
+from streamgen_infer.bench.app import app as benching
 from streamgen_infer.evaluation.app import app as evaluation
 from streamgen_infer.interrupts import Interrupts
 from streamgen_infer.live.app import app as live

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,3 +148,16 @@ def write_report(path: Path, values: Mapping[str, Any]) -> None:
         raise Failure(f"cannot write {path}: {error.strerror} (errno {error.errno})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on, for the report that it stands in."""
+    import torch
+
+    return {
+        "cpu": machine.cpu_name(),
+        "cpu_flags": machine.cpu_flags(),
+        "cores": machine.usable_cores(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }

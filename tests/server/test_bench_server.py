@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from streamgen_infer import bench_server
-from streamgen_infer.bench_more import Options
+from streamgen_infer.bench import server as bench_server
+from streamgen_infer.bench.suites import Options
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import Stop
 from tests.tiny_model import save_tiny_model

@@ -18,9 +18,12 @@ from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling
 from streamgen.transformer import CausalWanModel, TransformerConfig
-from streamgen_infer import bench
-from streamgen_infer.bench_stages import host_share, steady_state
-from streamgen_infer.bound import Bound, Convolution, decode_shapes, moved_values
+from streamgen_infer import machine
+from streamgen_infer.bench import cases, command
+from streamgen_infer.bench.bound import Bound, Convolution, decode_shapes, moved_values
+from streamgen_infer.bench.cases import Case
+from streamgen_infer.bench.measure import measure
+from streamgen_infer.bench.stages import host_share, steady_state
 from streamgen_infer.cli import main
 from streamgen_infer.interrupts import Stop
 from tests.command_line import one_line
@@ -34,7 +37,7 @@ CODEC = SpritesCodecConfig(latent_channels=4, encoder_dim=8, decoder_dim=8, deco
 
 @pytest.fixture(autouse=True)
 def one_host_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamgen_infer.bench_stages.HOST_BLOCKS", 1)
+    monkeypatch.setattr("streamgen_infer.bench.stages.HOST_BLOCKS", 1)
 
 
 def test_the_bound_of_a_pass_has_the_flops_of_a_pass() -> None:
@@ -91,10 +94,10 @@ def test_the_bound_runs_what_it_counts() -> None:
     assert counter.get_total_flops() == sum(shape.flops for shape in shapes)
 
 
-def tiny(dtype: torch.dtype, codec: bool = True) -> bench.Case:
+def tiny(dtype: torch.dtype, codec: bool = True) -> Case:
     config = TransformerConfig(**{**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}, "out_channels": 4})
     transformer = CausalWanModel(config).requires_grad_(False).to(dtype)
-    return bench.Case(
+    return Case(
         transformer=transformer,
         codec=SpritesCodec(CODEC).requires_grad_(False).to(dtype) if codec else None,
         encode_text=lambda: transformer.encode_text(torch.randn(1, 1, 7, 8).to(dtype)),
@@ -109,7 +112,7 @@ def tiny(dtype: torch.dtype, codec: bool = True) -> bench.Case:
 @pytest.mark.parametrize("codec", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measure(dtype: torch.dtype, codec: bool) -> None:
-    found: Any = bench.measure(tiny(dtype, codec), 3, Stop())
+    found: Any = measure(tiny(dtype, codec), 3, Stop())
     assert found["ratio_to_bound"] == pytest.approx(found["block_ms"] / found["bound_ms"])
     assert len(found["denoise_ms"]) == found["steps"] == 3 and found["blocks"] == 3
     assert (found["tokens_per_block"], found["visible_tokens"]) == (18, 54)
@@ -152,11 +155,11 @@ def test_time_outside_of_torch_is_the_hosts() -> None:
 
 
 def test_a_stop_before_the_first_block() -> None:
-    assert bench.measure(tiny(torch.float32), 3, Stop(requested=True)) is None
+    assert measure(tiny(torch.float32), 3, Stop(requested=True)) is None
 
 
 def test_the_command(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench, "CASES", {"sprites": tiny, "mid": lambda dtype: tiny(dtype, codec=False)})
+    monkeypatch.setattr(command, "CASES", {"sprites": tiny, "mid": lambda dtype: tiny(dtype, codec=False)})
     assert main(["bench", "--blocks", "2", "--json", "b.json", "--png", "b.png"]) == 0
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     captured = capsys.readouterr()
@@ -183,12 +186,12 @@ def test_the_command(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_the_cases_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "shipped_models", list)
-    case = bench.sprites(torch.bfloat16)
+    monkeypatch.setattr(cases, "shipped_models", list)
+    case = cases.sprites(torch.bfloat16)
     assert case.dtype == torch.bfloat16 and case.weights.startswith("random (none shipped)")
     assert (case.geometry.height, case.geometry.fps) == (64, 16) and case.codec is not None
     with torch.device("meta"):
-        case = bench.mid(torch.float32)
+        case = cases.mid(torch.float32)
     config, geometry = case.transformer.config, case.geometry
     assert (config.dim, config.num_layers, config.num_heads) == (768, 12, 12)
     assert (geometry.tokens_per_frame, geometry.block_frames) == (208, 3)
@@ -198,7 +201,7 @@ def test_the_cases_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wan_1_3b_on_the_meta_device() -> None:
     """A dry run: the published count of weights, and a block through a cache that is full, without any memory."""
     with torch.device("meta"):
-        case = bench.wan_1_3b(torch.bfloat16)
+        case = cases.wan_1_3b(torch.bfloat16)
     model, geometry = case.transformer, case.geometry
     assert sum(p.numel() for p in model.parameters()) == 1_418_996_800
     assert case.dtype == torch.bfloat16 and geometry.tokens_per_frame == 104
@@ -217,8 +220,8 @@ def test_wan_1_3b_on_the_meta_device() -> None:
 
 
 def test_all_leaves_the_large_suite_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench._choice("--suite", "all", tuple(bench.CASES)) == ("sprites", "mid")
-    assert bench._choice("--suite", "wan_1_3b", tuple(bench.CASES)) == ("wan_1_3b",)
-    monkeypatch.setattr(bench.machine, "memory_mb", lambda: (8000.0, 5000.0))
+    assert command._choice("--suite", "all", tuple(cases.CASES)) == ("sprites", "mid")
+    assert command._choice("--suite", "wan_1_3b", tuple(cases.CASES)) == ("wan_1_3b",)
+    monkeypatch.setattr(machine, "memory_mb", lambda: (8000.0, 5000.0))
     with pytest.raises(UserError, match=r"takes 11\.4 GB in fp32, 5\.0 GB are free"):
-        bench.wan_1_3b(torch.float32)
+        cases.wan_1_3b(torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamgen_infer.bench_compare import compare as lines_of
+from streamgen_infer.bench.compare import compare as lines_of
 from streamgen_infer.cli import main
 from tests.command_line import one_line
 

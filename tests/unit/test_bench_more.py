@@ -12,8 +12,13 @@ import torch
 
 from streamgen.errors import UserError
 from streamgen.transformer import TransformerConfig
-from streamgen_infer import bench, bench_more, bench_server, bench_train, bench_wan_14b, kernels_check, machine
-from streamgen_infer.bench_more import Options
+from streamgen_infer import kernels_check, machine
+from streamgen_infer.bench import server as bench_server
+from streamgen_infer.bench import suites as bench_more
+from streamgen_infer.bench import train as bench_train
+from streamgen_infer.bench import wan_14b as bench_wan_14b
+from streamgen_infer.bench.cases import read_config
+from streamgen_infer.bench.suites import Options
 from streamgen_infer.cli import main
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import Stop
@@ -107,9 +112,9 @@ SIZES = [("block_ms", 11.0, 7.0), ("block_cpu_ms", 11.0, 7.0), ("bound_ms", 10.0
 def test_few_layers_are_measured_and_the_rest_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "read_config", lambda cls, file: CONFIG)
+    monkeypatch.setattr(bench_wan_14b, "read_config", lambda cls, file: CONFIG)
     monkeypatch.setattr(bench_wan_14b, "LAYERS", 2)
-    monkeypatch.setattr("streamgen_infer.bench_stages.HOST_BLOCKS", 1)
+    monkeypatch.setattr("streamgen_infer.bench.stages.HOST_BLOCKS", 1)
     found = bench_wan_14b.wan_14b(options("wan_14b", blocks=1, dtype="fp32"), Stop())
     assert found is not None and (found["layers"], found["extrapolated"]["layers"], found["dtype"]) == (2, 5, "fp32")
     assert found["blocks"] == 1 and found["weights"] == "random" and found["stages"]["denoise"]["flops"] > 0
@@ -119,7 +124,7 @@ def test_few_layers_are_measured_and_the_rest_is_named(
 
 def test_wan_14b_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_mb", lambda: (8000.0, 1000.0))
-    whole = bench.read_config(TransformerConfig, "model/wan_14b.yaml")
+    whole = read_config(TransformerConfig, "model/wan_14b.yaml")
     few = dataclasses.replace(whole, num_layers=bench_wan_14b.LAYERS)
     message = r"3 of 40 layers take 5\.\d GB with the bound beside them, all of them 5\d GB, and 1\.0 GB are free"
     with pytest.raises(UserError, match=message):

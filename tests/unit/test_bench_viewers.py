@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from streamgen.pipeline import StreamPipeline
-from streamgen_infer import bench_pipeline
-from streamgen_infer.bench_pipeline import CellTimes, predicted_fps
-from streamgen_infer.bench_viewers import RecordedCosts, agreement, simulated_figures, viewers
+from streamgen_infer.bench import pipeline as bench_pipeline
+from streamgen_infer.bench.pipeline import CellTimes, predicted_fps
+from streamgen_infer.bench.viewers import RecordedCosts, agreement, simulated_figures, viewers
 from streamgen_infer.cli import main
 from streamgen_infer.interrupts import Stop
 from streamgen_infer.simulate.scenario import lines
@@ -24,7 +24,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> StreamPipeline:
 def test_twice_the_admitted_load_comes_and_admission_turns_the_rest_away(
     pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamgen_infer.bench_viewers.MOST_VIEWERS", 3)
+    monkeypatch.setattr("streamgen_infer.bench.viewers.MOST_VIEWERS", 3)
     found = viewers(pipe, 1.0, Stop(), overload=2.0)
     assert found["offered"] == 2 * found["admitted"] and found["overload"] == 2.0
     assert 1 <= found["viewers"] <= 3 and found["refused"] >= found["offered"] - found["viewers"]
@@ -38,7 +38,7 @@ def test_twice_the_admitted_load_comes_and_admission_turns_the_rest_away(
 def test_without_overload_fewer_than_are_admitted_come_and_none_is_refused(
     pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamgen_infer.bench_viewers.MOST_VIEWERS", 2)
+    monkeypatch.setattr("streamgen_infer.bench.viewers.MOST_VIEWERS", 2)
     found = viewers(pipe, 0.3, Stop())
     assert found["overload"] is None and found["viewers"] == found["offered"] == max(1, int(0.9 * found["admitted"]))
     assert found["refused"] == 0

@@ -2,8 +2,8 @@
 
 engine    8 streams made together (passes share forwards) beside the same 8 made one after the other, and what a
           decision of the scheduler costs with 64 streams
-viewers   live viewers in real time, beside what the simulator says (bench_viewers.py)
-pipeline  blocks per second of one stream on one rank and on two, beside what the planner says (bench_pipeline.py)
+viewers   live viewers in real time, beside what the simulator says (viewers.py)
+pipeline  blocks per second of one stream on one rank and on two, beside what the planner says (pipeline.py)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
 from streamgen_infer import machine
-from streamgen_infer.bench_pipeline import pipeline
-from streamgen_infer.bench_viewers import viewers
+from streamgen_infer.bench.pipeline import pipeline
+from streamgen_infer.bench.viewers import viewers
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.engine import Engine, Work
 from streamgen_infer.errors import Failure

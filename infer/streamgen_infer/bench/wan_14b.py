@@ -22,11 +22,13 @@ from streamgen.pipeline import DTYPES
 from streamgen.rollout import Sampling
 from streamgen.transformer import CausalWanModel, TransformerConfig
 from streamgen.weights import Unfilled
-from streamgen_infer import bench, machine
-from streamgen_infer.bench_show import print_results
+from streamgen_infer import machine
+from streamgen_infer.bench.cases import SHIFT, STEPS, Case, read_config
+from streamgen_infer.bench.measure import measure
+from streamgen_infer.bench.show import print_results
 
 if TYPE_CHECKING:
-    from streamgen_infer.bench_more import Options
+    from streamgen_infer.bench.suites import Options
     from streamgen_infer.interrupts import Stop
 
 LAYERS, BLOCKS = 3, 2
@@ -34,17 +36,17 @@ TIMES = ("block_ms", "block_cpu_ms", "bound_ms", "bound_cpu_ms")
 
 
 def wan_14b(options: Options, stop: Stop) -> dict[str, Any] | None:
-    """`bench.measure` of the few layers, what one layer costs, and the extrapolation; None if a stop came first."""
+    """`measure` of the few layers, what one layer costs, and the extrapolation; None if a stop came first."""
     name = "bf16" if options.dtype == "all" else options.dtype
-    whole: TransformerConfig = bench.read_config(TransformerConfig, "model/wan_14b.yaml")
+    whole: TransformerConfig = read_config(TransformerConfig, "model/wan_14b.yaml")
     few = dataclasses.replace(whole, num_layers=LAYERS)
     torch.set_num_threads(options.threads)
     dtype = DTYPES[name]
     check_memory(whole, few, dtype)
     model = random_transformer(few, dtype)
     blocks = BLOCKS if options.blocks is None else options.blocks
-    deep = bench.measure(case_of(model), blocks, stop)
-    one = None if deep is None else bench.measure(case_of(first_layer(model)), blocks, stop)
+    deep = measure(case_of(model), blocks, stop)
+    one = None if deep is None else measure(case_of(first_layer(model)), blocks, stop)
     if deep is None or one is None:
         return None
     layer, all_layers = extrapolated(deep, one, few.num_layers, whole.num_layers)
@@ -87,10 +89,10 @@ def first_layer(model: CausalWanModel) -> CausalWanModel:
     return shallow
 
 
-def case_of(model: CausalWanModel) -> bench.Case:
+def case_of(model: CausalWanModel) -> Case:
     config = model.config
     text_BGLD = torch.randn(1, 1, config.text_len, config.text_dim).to(model.patch_embedding.weight.dtype)
-    return bench.Case(
+    return Case(
         transformer=model,
         codec=None,
         encode_text=lambda: model.encode_text(text_BGLD),
@@ -99,7 +101,7 @@ def case_of(model: CausalWanModel) -> bench.Case:
         ),
         window_frames=12,
         sink_frames=3,
-        sampling=Sampling(sigmas=step_sigmas(bench.STEPS, bench.SHIFT)),
+        sampling=Sampling(sigmas=step_sigmas(STEPS, SHIFT)),
         weights="random",
     )
 

@@ -1,9 +1,9 @@
 """Suites of `streamgen bench` that do not time blocks: what each is, what it prints, and the JSON that all share.
 
 kernels   every Triton kernel on one layer of Wan 1.3B, checked and then timed, beside the device's own roof (a GPU)
-wan_14b   blocks of Wan 14B with few of its layers, and what all of them come to (`bench_wan_14b`)
+wan_14b   blocks of Wan 14B with few of its layers, and what all of them come to (`wan_14b`)
 train     steps of the autoregressive objective on the shipped size: tokens and arithmetic per second, MFU
-server    a frame server on this machine and viewers of it (`bench_server`)
+server    a frame server on this machine and viewers of it (`server`)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamgen import __version__
 from streamgen.errors import UserError
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
-from streamgen_infer.report import check_report, write_report
+from streamgen_infer.report import check_report, environment, write_report
 from streamgen_infer.sinks import check_place
 
 MAX_VIEWERS = 1000
@@ -83,8 +83,6 @@ def check(options: Options) -> None:
 
 
 def _values(results: Sequence[Result], *, interrupted: bool) -> dict[str, Any]:
-    from streamgen_infer.bench import environment
-
     return {
         "command": "bench",
         "version": __version__,
@@ -128,19 +126,19 @@ def _kernels(options: Options, stop: Stop) -> Result | None:
 
 
 def _train(options: Options, hand_over: Mapping[str, HandOver]) -> Result | None:
-    from streamgen_infer.bench_train import train
+    from streamgen_infer.bench.train import train
 
     return train(options, hand_over["train"])
 
 
 def _server(options: Options, stop: Stop) -> Result | None:
-    from streamgen_infer.bench_server import server
+    from streamgen_infer.bench.server import server
 
     return server(options, stop)
 
 
 def _wan_14b(options: Options, stop: Stop) -> Result | None:
-    from streamgen_infer.bench_wan_14b import wan_14b
+    from streamgen_infer.bench.wan_14b import wan_14b
 
     return wan_14b(options, stop)
 

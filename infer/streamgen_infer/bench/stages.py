@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from streamgen.costs import pass_shapes
 from streamgen.linear import linear
 from streamgen_infer import machine
-from streamgen_infer.bound import Shape, decode_shapes, moved_values, shapes_of
+from streamgen_infer.bench.bound import Shape, decode_shapes, moved_values, shapes_of
 from streamgen_infer.report import percentiles
 
 if TYPE_CHECKING:
-    from streamgen_infer.bench import Case
+    from streamgen_infer.bench.cases import Case
 
 ROOF_ROWS, ROOF_WIDTH, ROOF_COPY_BYTES = 192, 1024, 1 << 26
 HOST_BLOCKS, STEADY_BLOCKS = 3, 3

@@ -29,13 +29,12 @@ from streamgen.float8_linear import use_float8
 from streamgen.kernel_choice import NOT_IN_THE_TABLE
 from streamgen.ops import select
 from streamgen.transformer import CausalWanModel
-from streamgen_infer.bench import environment
-from streamgen_infer.bench_cuda_blocks import Bench, Blocks, Clock, Setting, clock_of, random_codec, random_model, wan
-from streamgen_infer.bench_cuda_show import lines
-from streamgen_infer.bound import Bound
+from streamgen_infer.bench.bound import Bound
+from streamgen_infer.bench.cuda_blocks import Bench, Blocks, Clock, Setting, clock_of, random_codec, random_model, wan
+from streamgen_infer.bench.cuda_show import lines
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.kernels_check import Row, Speed, check_kernels, device_ms, measure_kernels
-from streamgen_infer.report import check_report, percentiles, write_report
+from streamgen_infer.report import check_report, environment, percentiles, write_report
 from streamgen_infer.sinks import check_place
 
 SUITE = "wan_1_3b"

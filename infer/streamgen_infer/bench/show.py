@@ -27,7 +27,7 @@ def check_picture(path: Path, overwrite: bool) -> None:
 
 
 def write_picture(path: Path, results: Sequence[Mapping[str, Any]], cpu: str) -> None:
-    """Write the PNG of what `bench.measure` found; the file appears whole or not at all."""
+    """Write the PNG of what `measure` found; the file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(picture(results, cpu))

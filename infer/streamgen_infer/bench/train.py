@@ -16,7 +16,7 @@ from streamgen import resources
 from streamgen_infer.errors import Failure
 
 if TYPE_CHECKING:
-    from streamgen_infer.bench_more import Options
+    from streamgen_infer.bench.suites import Options
 
 EXPERIMENT = "sprites_fine_ar"
 WARM_UP, STEPS = 3, 8

@@ -26,7 +26,7 @@ from streamgen_infer.errors import Failure
 from streamgen_infer.serve import load
 
 if TYPE_CHECKING:
-    from streamgen_infer.bench_more import Options
+    from streamgen_infer.bench.suites import Options
     from streamgen_infer.interrupts import Stop
 
 READY_S, STOP_S, NAP_S = 300.0, 60.0, 0.1

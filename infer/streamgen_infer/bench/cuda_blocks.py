@@ -1,6 +1,6 @@
 """Blocks of a model of random weights on a device, in one of several settings, with the device time of every stage.
 
-For `bench_cuda`. Times of a GPU are those between events on its stream, those of a CPU are the clock's.
+For `cuda`. Times of a GPU are those between events on its stream, those of a CPU are the clock's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamgen.pixels import to_uint8
 from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.weights import Unfilled
-from streamgen_infer.bench import SHIFT, STEPS, read_config
+from streamgen_infer.bench.cases import SHIFT, STEPS, read_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from streamgen_infer import bench_more
 from streamgen_infer.arguments import Json, Overwrite
+from streamgen_infer.bench import suites
 
 app = typer.Typer(rich_markup_mode=None)
 group = typer.Typer(name="bench", rich_markup_mode=None)
@@ -42,8 +42,8 @@ def bench(
     """Time one block of video beside its bare matrix products and attention; or compare two such measurements."""
     if context.invoked_subcommand is not None:
         return 0
-    if suite in bench_more.SUITES:
-        options = bench_more.Options(
+    if suite in suites.SUITES:
+        options = suites.Options(
             suite=suite,
             dtype=dtype,
             threads=threads,
@@ -55,11 +55,11 @@ def bench(
             png=png,
             overwrite=overwrite,
         )
-        return bench_more.run(context.obj.interrupts, context.obj.hand_over, options)
+        return suites.run(context.obj.interrupts, context.obj.hand_over, options)
     if device != "cpu":
-        from streamgen_infer import bench_cuda
+        from streamgen_infer.bench import cuda
 
-        return bench_cuda.run(
+        return cuda.run(
             context.obj.interrupts,
             suite=suite,
             device=device,
@@ -69,7 +69,7 @@ def bench(
             png=png,
             overwrite=overwrite,
         )
-    from streamgen_infer import bench as command
+    from streamgen_infer.bench import command
 
     return command.run(
         context.obj.interrupts,
@@ -93,6 +93,6 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare other CPUs, suites and settings too.")] = False,
 ) -> int:
     """What got worse between two files of `bench --json`; exit code 1 if anything did."""
-    from streamgen_infer import bench_compare as command
+    from streamgen_infer.bench import compare as command
 
     return command.run(files, threshold=threshold, times=times, force=force)
