@@ -33,7 +33,7 @@ def generate(
 ) -> Tensor:
     """Videos of `prompts` -> uint8 [B, T, H, W, 3]; with `on_block`, each block [B, n, H, W, 3] goes there instead.
 
-    cache, cache_dtype: as of `StreamPipeline.stream`.
+    first_steps, cache, cache_dtype: as of `StreamPipeline.stream`.
     switches: block -> new prompts of all rows, taken over with `transition` ('cut', 'recache' or 'scene').
     """
     if len(prompts) != len(seeds) or not prompts:
@@ -45,6 +45,7 @@ def generate(
         ops=pipe.transformer.ops,
     )
     plan = pipe.sampling(pipe.scheduler.trained_steps[0] if steps is None else steps)
+    first_steps = pipe.scheduler.first_steps if first_steps is None else first_steps
     first_plan = plan if first_steps is None else pipe.sampling(first_steps)
     if pipe.adapters.names:
         pipe.use_loras(pipe.loras)  # a stream may have had others

@@ -307,7 +307,8 @@ class FrameServer:
         """Limits in time, and saving."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._poke.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):  # wait_for of Python 3.11 may swallow the task's end with the poke
+                    await self._poke.wait()
             self._poke.clear()
             self._drop_clips()
             await self._look_after_sessions()

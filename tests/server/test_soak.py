@@ -52,6 +52,11 @@ def held() -> dict[str, int]:
     return dict(Counter(type(one).__name__ for one in gc.get_objects() if type(one) in KINDS))
 
 
+def grown(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """Of what there is more. Less is no fault: other tests of this process may have left what goes only now."""
+    return {name: count - before.get(name, 0) for name, count in now.items() if count > before.get(name, 0)}
+
+
 def rounds(count: int, per_example: int) -> range:
     return range(-(-count // (ROUND * per_example)))
 
@@ -141,7 +146,7 @@ def test_fuzzed_talk_is_answered_by_type_and_leaves_nothing(tmp_path: Path, erro
         fuzz_a_server(runner, tmp_path, sent, memory)
     assert memory.growth_mb < GROWTH_MB
     assert threading.active_count() <= threads + 2
-    assert held() == held_before and not errors
+    assert not grown(held_before, held()) and not errors
     assert sent["answered"] and sent["refused"] and sent["ended"]
     tell(f"messages {dict(sent)}", sent["messages"], since_s, memory)
 
@@ -267,11 +272,10 @@ def cycles(running: Running, count: int, what: str) -> None:
         for _ in range(count // parts):
             WAYS[done % len(WAYS)](client)
             done += 1
-        now = settle()
         if part == 0:
-            base = now  # the pools of threads are full, the modules loaded
-        pool = 8  # threads of the event loop's own
-        assert all(count <= base.get(name, 0) + pool * (name == "threads") for name, count in now.items()), (base, now)
+            base = settle()  # the pools of threads are full, the modules loaded
+            base["threads"] += 8  # of the event loop's own
+        wait_for(lambda: not grown(base, settle()))  # a task of the last connection may be about to end
     assert memory.growth_mb < GROWTH_MB
     with Talk(running) as talk:
         talk.start()
