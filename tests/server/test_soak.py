@@ -273,7 +273,7 @@ def cycles(running: Running, count: int, what: str) -> None:
             WAYS[done % len(WAYS)](client)
             done += 1
         if part == 0:
-            base = settle()  # the pools of threads are full, the modules loaded
+            base.update(settle())  # the pools of threads are full, the modules loaded
             base["threads"] += 8  # of the event loop's own
         wait_for(lambda: not grown(base, settle()))  # a task of the last connection may be about to end
     assert memory.growth_mb < GROWTH_MB
