@@ -21,6 +21,7 @@ from streamgen_infer.admission import Limits, Memory, admit
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.cost_model import CostModel
 from streamgen_infer.engine import Engine, Work
+from streamgen_infer.free_memory import map_large
 from streamgen_infer.live_costs import StreamCosts, half_of_free_memory, warm_up
 from streamgen_infer.live_stream import InProgress, LiveStream, OnBlock, OnEvent, new_stream
 from streamgen_infer.requests import (
@@ -79,7 +80,8 @@ class Runtime:
     # For viewers, from any thread.
 
     def start(self) -> None:
-        """Warm up and measure on the calling thread, then run."""
+        """Warm up and measure on the calling thread, then run. Sets how this process frees memory (`map_large`)."""
+        map_large()
         warm_up(self.engine, self.costs, self.sizes, self._warm_up_prompt, self.limits.most_streams)
         self._thread.start()
         self.ready.set()

@@ -17,10 +17,10 @@ from typing import Any
 
 from streamgen.errors import UserError
 from streamgen_infer import protocol as p
+from streamgen_infer.free_memory import give_back
 from streamgen_infer.serve import saving
 from streamgen_infer.serve.connection import Connection
 from streamgen_infer.serve.frame_encoders import FrameEncoder
-from streamgen_infer.serve.give_back import give_back
 from streamgen_infer.serve.limits import Quota, ServeSettings
 from streamgen_infer.serve.metrics import ServeMetrics
 from streamgen_infer.serve.session import Session
