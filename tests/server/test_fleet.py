@@ -53,14 +53,17 @@ def nearly_equal(shown: np.ndarray, expected: np.ndarray) -> None:
 
 def test_streams_spread_and_show_what_the_pipeline_makes(fleets: Fleets, model: Path) -> None:
     fleet, _ = fleets()
+    lasting = [Watcher(fleet, seed=seed, max_seconds=3000.0) for seed in range(4)]
+    assert sorted(place_of(one) for one in lasting) == ["r0", "r0", "r1", "r1"]
+    for one in lasting:
+        one.stream.close()
     watchers = [Watcher(fleet, seed=seed, max_seconds=3.0) for seed in range(4)]
-    assert sorted(place_of(one) for one in watchers) == ["r0", "r0", "r1", "r1"]
     for seed, watcher in enumerate(watchers):
         watcher.until_ended()
         assert [event.kind for event in watcher.events if event.kind != "applied"] == ["ended"]
         assert watcher.numbers() == list(range(48))
         nearly_equal(watcher.pixels(), alone(model, seed, 48))
-    assert fleet.stats().admitted == 4
+    assert fleet.stats().admitted == 8
     assert fleet.pipe.scheduler.trained_steps == (2, 4)
 
 
