@@ -298,16 +298,11 @@ class StreamPipeline:
 
         stored_as: a name of `streamgen.cache.STORAGES`; the model's own dtype by default.
         """
-        config = self.transformer.config
-        spec = CacheSpec(
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            grid_height=self.geometry.grid_height,
-            grid_width=self.geometry.grid_width,
+        spec = CacheSpec.of(
+            self.transformer.config,
+            self.geometry,
             window_frames=self.scheduler.window_frames,
             sink_frames=self.scheduler.sink_frames,
-            rope_theta=config.rope_theta,
             policy=policy,
         )
         spec.check_block(self.geometry.block_frames)

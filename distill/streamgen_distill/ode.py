@@ -179,15 +179,11 @@ class OdeObjective(TaughtObjective):
 
     def _cache(self, clips: int) -> KVCache:
         c = self.config
-        spec = CacheSpec(
-            num_layers=c.model.num_layers,
-            num_heads=c.model.num_heads,
-            head_dim=c.model.head_dim,
-            grid_height=c.geometry.grid_height,
-            grid_width=c.geometry.grid_width,
+        spec = CacheSpec.of(
+            c.model,
+            c.geometry,
             window_frames=c.window_frames,
             sink_frames=c.sink_frames,
-            rope_theta=c.model.rope_theta,
             policy="window",
         )
         return KVCache(spec, batch=clips, dtype=self.dtype, device=self.device)

@@ -104,16 +104,11 @@ def new_state(
     device: torch.device,
 ) -> StreamState:
     """Fresh streams, one for each seed."""
-    c = model.config
-    spec = CacheSpec(
-        num_layers=c.num_layers,
-        num_heads=c.num_heads,
-        head_dim=c.head_dim,
-        grid_height=geometry.grid_height,
-        grid_width=geometry.grid_width,
+    spec = CacheSpec.of(
+        model.config,
+        geometry,
         window_frames=window_frames,
         sink_frames=sink_frames,
-        rope_theta=c.rope_theta,
         policy=policy,
     )
     spec.check_block(geometry.block_frames)

@@ -157,15 +157,20 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def _at_seconds(item: str) -> tuple[str, str, float]:
+    """SECONDS=WHAT -> SECONDS and WHAT as they stand, and the time; nan if it is none."""
+    when, equals, what = item.partition("=")
+    try:
+        return when, what, float(when) if equals else math.nan
+    except ValueError:
+        return when, what, math.nan
+
+
 def parse_switches(items: tuple[str, ...], seconds: float) -> tuple[tuple[float, str], ...]:
     """SECONDS=PROMPT in the order of their time -> ((seconds, prompt), ...)."""
     found: list[tuple[float, str]] = []
     for item in items:
-        when, equals, prompt = item.partition("=")
-        try:
-            at_s = float(when) if equals else math.nan
-        except ValueError:
-            at_s = math.nan
+        when, prompt, at_s = _at_seconds(item)
         if not math.isfinite(at_s):
             raise UserError(f"--switch {one_line(item, 60)!r} is not SECONDS=PROMPT, e.g. '5=a blue ring rising'")
         if not prompt.strip():
@@ -196,12 +201,8 @@ def parse_loras_at(items: tuple[str, ...], seconds: float) -> tuple[tuple[float,
     """SECONDS=FILE, SECONDS=FILE=STRENGTH or SECONDS=none in the order of their time."""
     found: list[tuple[float, Adapter | None]] = []
     for item in items:
-        when, _, what = item.partition("=")
-        try:
-            at_s = float(when) if what else math.nan
-        except ValueError:
-            at_s = math.nan
-        if not math.isfinite(at_s):
+        when, what, at_s = _at_seconds(item)
+        if not (what and math.isfinite(at_s)):
             raise UserError(f"--lora-at {one_line(item, 80)!r} is not SECONDS=FILE[=STRENGTH] or SECONDS=none")
         if not 0 <= at_s < seconds:
             raise UserError(

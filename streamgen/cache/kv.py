@@ -15,13 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from streamgen.cache.slots import Slots, Turn, turn
 from streamgen.rope import apply_rope, rope_table
+
+if TYPE_CHECKING:
+    from streamgen.geometry import VideoGeometry
+    from streamgen.transformer import TransformerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,29 @@ class CacheSpec:
                 f"sink_frames is {self.sink_frames} in a window of {self.window_frames} latent frames; the window "
                 "holds the sink and the block in progress, so take 0 <= sink_frames < window_frames"
             )
+
+    @classmethod
+    def of(
+        cls,
+        config: TransformerConfig,
+        geometry: VideoGeometry,
+        *,
+        window_frames: int,
+        sink_frames: int,
+        policy: str = "relative",
+    ) -> CacheSpec:
+        """That of a model of these sizes, for video of this geometry."""
+        return cls(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            grid_height=geometry.grid_height,
+            grid_width=geometry.grid_width,
+            window_frames=window_frames,
+            sink_frames=sink_frames,
+            rope_theta=config.rope_theta,
+            policy=policy,
+        )
 
     @property
     def tokens_per_frame(self) -> int:
@@ -279,8 +306,7 @@ class BlockCache:
         cache = self.cache
         store_k, read_k, values = cache.k[layer], cache.read_k[layer], cache.v[layer]
         rotated = apply_rope(k_BNTK, *self._rope)
-        if not cache.policy.stores_rotated and layer not in self._context_rotated:
-            self._rotate_context(layer)
+        self._rotate_context(layer)
         if self.peek or (torch.is_grad_enabled() and (k_BNTK.requires_grad or v_BNTK.requires_grad)):
             past_k, past_v = self._past(layer)
             return torch.cat([*past_k, rotated], dim=2), torch.cat([*past_v, v_BNTK], dim=2)
@@ -300,8 +326,7 @@ class BlockCache:
         if self.peek:
             return None
         cache = self.cache
-        if not cache.policy.stores_rotated and layer not in self._context_rotated:
-            self._rotate_context(layer, turn)
+        self._rotate_context(layer, turn)
         self.written.add(layer)
         raw = None if cache.policy.stores_rotated else cache.k[layer]
         return Slots(cache.read_k[layer], cache.v[layer], raw, self.places, self._stop)
@@ -322,8 +347,7 @@ class BlockCache:
     def _past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys (rotated) and values of the context in time order, a part for each run of slots."""
         cache = self.cache
-        if not cache.policy.stores_rotated and layer not in self._context_rotated:
-            self._rotate_context(layer)
+        self._rotate_context(layer)
         runs = [slots for slots, _ in self._context]
         return (
             [cache.read_k[layer][:, :, slots] for slots in runs],
@@ -342,7 +366,9 @@ class BlockCache:
         return frozen
 
     def _rotate_context(self, layer: int, turn: Turn = turn) -> None:
-        """Rotate the context's keys into the scratch: once per block and layer, for all its passes."""
+        """Rotate un-rotated keys of the context into the scratch: once per block and layer, for all its passes."""
+        if self.cache.policy.stores_rotated or layer in self._context_rotated:
+            return
         cos, sin = self._context_rope
         for slots, tokens in self._context:
             turn(self.cache.k[layer][:, :, slots], cos[tokens], sin[tokens], self.cache.read_k[layer][:, :, slots])

@@ -10,25 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamgen_infer import protocol as p
-
-HEADER = p.FrameHeader(
-    epoch=1,
-    block=2,
-    frame=2**32 - 1,
-    prompt_version=4,
-    media_s=0.5,
-    deadline_s=1.5,
-    sent_s=1.25,
-    slack_s=0.25,
-    steps=4,
-    dropped=3,
-    width=64,
-    height=48,
-    flags=5,
-    encoding=1,
-    kind=0,
-    byte_length=3,
-)
+from tests.server.fuzzed import HEADER
 
 
 def test_a_frame_survives_the_wire() -> None:

@@ -150,6 +150,15 @@ def test_prompts_of_the_start_are_there_before_the_first_block(tmp_path: Path) -
         assert all(talk.until_frame(12 * n).prompt_version == n for n in range(5))
 
 
+def visible(folder: Path) -> dict[str, bytes]:
+    """What a kill would leave: the whole files, not the one being written under a hidden name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def saved(session: Any, folder: Path) -> bool:
+    return not session.dirty and any(folder.glob("[!.]*.safetensors"))
+
+
 def test_a_prompt_that_was_journaled_is_there_before_the_first_block_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()
@@ -157,10 +166,10 @@ def test_a_prompt_that_was_journaled_is_there_before_the_first_block_is_made_aga
     with serving(lambda: first, tmp_path, save_dir=folder) as running, Talk(running) as talk:
         talk.start()
         (session,) = running.server.sessions.values()
-        wait_for(lambda: not session.dirty)
+        wait_for(lambda: saved(session, folder))
         monkey = {"type": "session.interaction", "interaction": {"event": {"prompt": "a blue ring"}}}
         assert talk.ask(monkey).block == 0
-        kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+        kept = visible(folder)
     for name, data in kept.items():
         (folder / name).write_bytes(data)
     second = FakeRuntime(make_every_s=0.0005)
@@ -177,8 +186,8 @@ def test_a_journal_that_does_not_fit_leaves_no_stream_behind(tmp_path: Path, mon
     with serving(lambda: first, tmp_path, save_dir=folder) as running, Talk(running) as talk:
         talk.start()
         (session,) = running.server.sessions.values()
-        wait_for(lambda: not session.dirty)
-        kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+        wait_for(lambda: saved(session, folder))
+        kept = visible(folder)
     for name, data in kept.items():
         (folder / name).write_bytes(data)
     entry = {"prompt": "unknown", "transition": "cut", "media_s": 0.0, "blend_blocks": 4}

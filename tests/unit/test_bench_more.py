@@ -17,7 +17,7 @@ from streamgen_infer.bench import server as bench_server
 from streamgen_infer.bench import suites as bench_more
 from streamgen_infer.bench import train as bench_train
 from streamgen_infer.bench import wan_14b as bench_wan_14b
-from streamgen_infer.bench.cases import read_config
+from streamgen_infer.bench.cases import random_transformer, read_config
 from streamgen_infer.bench.suites import Options
 from streamgen_infer.cli import main
 from streamgen_infer.errors import Failure
@@ -90,7 +90,7 @@ def test_no_number_of_a_kernel_that_is_wrong(
 
 def test_one_layer_shares_the_weights_and_is_the_first_part() -> None:
     torch.manual_seed(0)
-    model = bench_wan_14b.random_transformer(CONFIG, torch.float32)
+    model = random_transformer(CONFIG, torch.float32)
     shallow = bench_wan_14b.first_layer(model)
     assert len(shallow.blocks) == shallow.config.num_layers == 1 and len(model.blocks) == model.config.num_layers == 5
     assert shallow.blocks[0] is model.blocks[0] and shallow.head is model.head

@@ -100,10 +100,7 @@ def wan_1_3b(dtype: torch.dtype) -> Case:
             f"the suite wan_1_3b takes {wanted / 1e9:.1f} GB in {_name(dtype)}, {memory[1] / 1e3:.1f} GB are free; "
             "free memory, or take --dtype bf16"
         )
-    with Unfilled():
-        transformer = CausalWanModel(config).to(dtype).eval().requires_grad_(False)
-    for parameter in transformer.parameters():
-        parameter.uniform_(-0.02, 0.02)
+    transformer = random_transformer(config, dtype)
     text_BGLD = torch.randn(1, 1, config.text_len, config.text_dim).to(dtype)
     return Case(
         transformer=transformer,
@@ -131,6 +128,14 @@ def _random_sprites(dtype: torch.dtype) -> StreamPipeline:
             trained_steps=(STEPS,), window_frames=12, sink_frames=3, shift=SHIFT, prediction=transformer.prediction
         ),
     )
+
+
+def random_transformer(config: TransformerConfig, dtype: torch.dtype) -> CausalWanModel:
+    with Unfilled():
+        model = CausalWanModel(config).to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    return model
 
 
 def read_config(cls: Callable[..., Any], file: str) -> Any:

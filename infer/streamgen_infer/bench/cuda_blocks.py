@@ -218,16 +218,11 @@ class Blocks:
 
 def new_cache(bench: Bench, setting: Setting) -> KVCache:
     """Empty, of the setting's window."""
-    config, geometry = bench.config, bench.geometry
-    spec = CacheSpec(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        grid_height=geometry.grid_height,
-        grid_width=geometry.grid_width,
+    spec = CacheSpec.of(
+        bench.config,
+        bench.geometry,
         window_frames=setting.window_frames,
         sink_frames=setting.sink_frames,
-        rope_theta=config.rope_theta,
         policy=setting.policy,
     )
     if setting.cache_dtype is None:

@@ -99,19 +99,14 @@ class _Rolling:
     """A stream of the case that is advanced block by block, with the time of every stage."""
 
     def __init__(self, case: Case) -> None:
-        config, geometry = case.transformer.config, case.geometry
-        spec = CacheSpec(
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            grid_height=geometry.grid_height,
-            grid_width=geometry.grid_width,
+        spec = CacheSpec.of(
+            case.transformer.config,
+            case.geometry,
             window_frames=case.window_frames,
             sink_frames=case.sink_frames,
-            rope_theta=config.rope_theta,
         )
         self.case = case
-        self.state = StreamState(geometry=geometry, cache=KVCache(spec, dtype=case.dtype), seeds=(0,))
+        self.state = StreamState(geometry=case.geometry, cache=KVCache(spec, dtype=case.dtype), seeds=(0,))
         self.text = case.encode_text()
 
     @torch.no_grad()

@@ -21,9 +21,8 @@ from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import DTYPES
 from streamgen.rollout import Sampling
 from streamgen.transformer import CausalWanModel, TransformerConfig
-from streamgen.weights import Unfilled
 from streamgen_infer import machine
-from streamgen_infer.bench.cases import SHIFT, STEPS, Case, read_config
+from streamgen_infer.bench.cases import SHIFT, STEPS, Case, random_transformer, read_config
 from streamgen_infer.bench.measure import measure
 from streamgen_infer.bench.show import print_results
 
@@ -71,14 +70,6 @@ def check_memory(whole: TransformerConfig, few: TransformerConfig, dtype: torch.
             f"of them {2 * parameters(whole) * dtype.itemsize / 1e9:.0f} GB, and {memory[1] / 1e3:.1f} GB are free; "
             "free memory, or take --dtype bf16"
         )
-
-
-def random_transformer(config: TransformerConfig, dtype: torch.dtype) -> CausalWanModel:
-    with Unfilled():
-        model = CausalWanModel(config).to(dtype).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.uniform_(-0.02, 0.02)
-    return model
 
 
 def first_layer(model: CausalWanModel) -> CausalWanModel:

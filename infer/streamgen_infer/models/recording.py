@@ -106,15 +106,11 @@ class RecordedConfig:
 
     def cache_spec(self) -> CacheSpec:
         transformer, geometry = self.transformer(), self.geometry()
-        spec = CacheSpec(
-            num_layers=self.layers,
-            num_heads=self.heads,
-            head_dim=transformer.head_dim,
-            grid_height=geometry.grid_height,
-            grid_width=geometry.grid_width,
+        spec = CacheSpec.of(
+            transformer,
+            geometry,
             window_frames=self.window,
             sink_frames=self.sink,
-            rope_theta=transformer.rope_theta,
             policy=CACHE_OF[self.rope],
         )
         spec.check_block(self.frames)
