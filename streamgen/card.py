@@ -6,14 +6,17 @@ One dataclass, the content of a model folder's scheduler/scheduler_config.json.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streamgen.attention import VISIBILITIES
 from streamgen.cache import POLICIES
-from streamgen.flow import Prediction
+from streamgen.flow import Prediction, step_sigmas
 from streamgen.rollout import MULTISTEP, SAMPLERS
+from streamgen.unipc import unipc_sigmas
 
 IMAGE_PLACES = ("block", "frame")
+LEVEL_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,8 @@ class SchedulerConfig:
     """Where the latent of a given image stands: as a block of its own before the others ("block"), or as the first
     latent frame inside block 0 ("frame")."""
     context_noise: float = 0.0
+    commits: bool = True
+    """False: no pass follows a block's last step, whose keys and values stay; context_noise is that step's level."""
     protect_sink: bool = True
     timesteps: tuple[tuple[float, ...], ...] = ()
     """Lists of timesteps (1000 sigma, descending) for step counts that do not follow `shift`."""
@@ -80,9 +85,34 @@ class SchedulerConfig:
             self.check_visibility(name)
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise={self.context_noise}: must be in [0, 1)")
+        if not self.commits:
+            counts = {*self.trained_steps, self.first_steps or self.trained_steps[0]}
+            check_last_levels({count: self.sigmas(count)[-1] for count in counts}, self.context_noise)
+
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        """The noise levels of so many steps, descending."""
+        listed = next((row for row in self.timesteps if len(row) == steps), None)
+        if listed is not None:
+            return tuple(t / 1000 for t in listed)
+        return (unipc_sigmas if self.sampler in MULTISTEP else step_sigmas)(steps, self.shift)
 
     def check_visibility(self, visibility: str) -> None:
         """ValueError where the sampler needs each block finished before the next one begins."""
+        if visibility != "clean" and not self.commits:
+            raise ValueError(f"visibility {visibility}: without commits blocks are made one after another (clean)")
         if visibility != "clean" and (self.sampler in MULTISTEP or self.guidance != 1):
             what = f"sampler {self.sampler}" if self.sampler in MULTISTEP else f"guidance {self.guidance:g}"
             raise ValueError(f"visibility {visibility}: {what} runs block after block only (visibility clean)")
+
+
+def check_last_levels(levels: Mapping[int, float], context_noise: float) -> None:
+    """ValueError where streams without commit passes would keep other keys and values than the model was trained on.
+
+    levels: step count -> noise level of its last step.
+    """
+    for steps, level in sorted(levels.items()):
+        if abs(level - context_noise) > LEVEL_TOLERANCE:
+            raise ValueError(
+                f"commits=False: the last of {steps} steps is at level {level:.4g} and context_noise is "
+                f"{context_noise:g}; they must be equal"
+            )

@@ -27,20 +27,18 @@ from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
 from streamgen.codecs.wan import WanCodec, WanCodecConfig
 from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
-from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
 from streamgen.images import image_geometry, image_latents
 from streamgen.kernel_choice import ops_for
 from streamgen.ops import Ops
 from streamgen.quantised_linear import WEIGHTS_DTYPES, quantise_weights
 from streamgen.resources import model_path
-from streamgen.rollout import MULTISTEP, Sampling, StreamState
+from streamgen.rollout import Sampling, StreamState
 from streamgen.stream import STATE_MARK, Block, Stream
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
-from streamgen.unipc import unipc_sigmas
 from streamgen.weights import (
     Unfilled,
     build_config,
@@ -273,13 +271,12 @@ class StreamPipeline:
     def sampling(self, steps: int) -> Sampling:
         """How the model's card says to sample in so many steps."""
         s = self.scheduler
-        listed = next((row for row in s.timesteps if len(row) == steps), None)
-        levels = unipc_sigmas if s.sampler in MULTISTEP else step_sigmas
         return Sampling(
-            sigmas=levels(steps, s.shift) if listed is None else tuple(t / 1000 for t in listed),
+            sigmas=s.sigmas(steps),
             prediction=s.prediction,
             sampler=s.sampler,
             context_noise=s.context_noise,
+            commits=s.commits,
             protect_sink=s.protect_sink,
             guidance=s.guidance,
         )

@@ -46,6 +46,9 @@ class Sampling:
     the prompt, then those with the negative one, and so have text and cache."""
     context_noise: float = 0.0
     """Noise level of the latents whose keys and values are kept; 0 is clean."""
+    commits: bool = True
+    """False: the keys and values of a block's last step are kept, and no pass follows it. For models trained with a
+    context_noise of that step's level; such a pass would see nothing else."""
     protect_sink: bool = True
     """A recache leaves the sink as it is, so that the scene's identity survives a prompt switch."""
 
@@ -111,7 +114,7 @@ PassKind = Literal["recache", "step", "commit"]
 
 
 class BlockRun:
-    """The next block of a stream on its way: [recache], one step after the other, commit.
+    """The next block of a stream on its way: [recache], one step after the other, commit (a pass, or `keep`).
 
     `waiting` is the pass to run; `take` gets its result. Between the two nothing changes that a second try would
     miss: a pass that failed is asked for again. After the last step `latents` are final; after the commit `kind` is
@@ -176,6 +179,17 @@ class BlockRun:
             raise ValueError("the block is done: nothing waits")
         context = self._rows(_context(state, self.latents, sampling))
         return Pass(context, sampling.context_noise, self.text, self._handle, clean)
+
+    @property
+    def keeps_last_step(self) -> bool:
+        """All that is left of the block is `keep`."""
+        return self.kind == "commit" and not self.sampling.commits and self._x_t is not None
+
+    def keep(self) -> None:
+        """In place of the commit pass: what the last step wrote into the cache stays, and the stream advances."""
+        assert self.keeps_last_step and self._handle is not None and self._x_t is not None
+        _keep(self.state, self._handle, self._x_t)
+        self.kind = None
 
     def take(self, asked: Pass, out: Tensor) -> None:
         """The model's output for the pass that `waiting` gave."""
@@ -266,6 +280,8 @@ def rollout_block(
     cancelled: asked between passes; True raises Cancelled. mark: told "enter", "denoise" or "commit" after each stage.
     emit: gets the latents before the commit pass, so that frames need not wait for it; if it raises, nothing advanced.
     """
+    if grad and not sampling.commits:
+        raise ValueError("a pass with gradients leaves nothing in the cache: train with commits and context_noise")
     run = BlockRun(state, text, sampling, transition=transition, exit_step=exit_step)
     enter_block(model, run)
     mark("enter")
@@ -281,9 +297,12 @@ def rollout_block(
     _stop_if(cancelled, state)
     assert run.latents is not None
     emit(run.latents)
-    with torch.no_grad():
-        asked = run.waiting()
-        run.take(asked, run_passes(model, [asked])[0])
+    if run.keeps_last_step:
+        run.keep()
+    else:
+        with torch.no_grad():
+            asked = run.waiting()
+            run.take(asked, run_passes(model, [asked])[0])
     mark("commit")
     return run.latents
 

@@ -370,7 +370,7 @@ class SelfForcing(ArObjective):
     def scheduler(self) -> SchedulerConfig:
         """Streams are to have the cache, the noise and the window of the rollouts."""
         c, card = self.config, self.card_scheduler(self.config.train_steps, "renoise")
-        card = replace(card, positions=c.cache, context_noise=c.context_noise)
+        card = replace(card, positions=c.cache, context_noise=c.context_noise, commits=c.commits)
         if c.rolling_share == 0:
             return card
         seen = {*card.visibility, "joint"} - ({"clean"} if c.rolling_share == 1 else set())

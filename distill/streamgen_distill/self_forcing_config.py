@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamgen.cache import POLICIES
+from streamgen.card import check_last_levels
+from streamgen.flow import step_sigmas
 from streamgen.transformer import TransformerConfig
 from streamgen_distill.scores import ScoreLayout
 from streamgen_train.objectives import ar
@@ -49,6 +51,9 @@ class Config(ar.Config):
     follow_exit: bool = False
     """Draw them between the exit step's level and the next one's instead (`ts_schedule`)."""
     context_noise: float = 0.0
+    """Noise level of the latents whose keys and values later blocks see."""
+    commits: bool = True
+    """False: the model is to be streamed without commit passes; context_noise is then the level of the last step."""
     cache: str = "relative"
     checkpoint_activations: bool = False
     sid_alpha: float = 1.0
@@ -101,6 +106,9 @@ class Config(ar.Config):
         for wrong, message in checks:
             if wrong:
                 raise ValueError(message)
+        if not self.commits:
+            levels = {count: step_sigmas(count, self.sample_shift)[-1] for count in self.train_steps}
+            check_last_levels(levels, self.context_noise)
         if self.rolling_share > 0:
             held = self.sink_frames + self.rolling_steps * self.geometry.block_frames
             if held > self.window_frames:

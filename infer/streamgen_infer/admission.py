@@ -85,7 +85,7 @@ def admit(
     short = (
         _short_of_places(loads, limits)
         or _short_of_memory(loads, wanted, memory)
-        or _short_of_speed(wanted, costs, start_s)
+        or _short_of_speed(wanted, costs, rules, start_s)
         or _short_of_time(loads, wanted, costs, rules, limits)
     )
     after = [*loads, wanted]
@@ -124,8 +124,8 @@ def _short_of_memory(loads: Sequence[Load], wanted: Load, memory: Memory) -> _Sh
     return _Shortage("memory", message, numbers)
 
 
-def _short_of_speed(wanted: Load, costs: CostModel, start_s: float) -> _Shortage | None:
-    alone_s = device_load([wanted], costs, Rules()) * wanted.period_s
+def _short_of_speed(wanted: Load, costs: CostModel, rules: Rules, start_s: float) -> _Shortage | None:
+    alone_s = device_load([wanted], costs, rules) * wanted.period_s
     first_s = block_s(costs, wanted, 1)
     numbers = {"block_s": alone_s, "first_s": first_s, "period_s": wanted.period_s, "start_s": start_s}
     if alone_s > wanted.period_s:
@@ -167,7 +167,7 @@ def device_load(loads: Sequence[Load], costs: CostModel, rules: Rules) -> float:
         pass_s, decode_s = (costs.predict(kind, shape, rows, 0.9) for kind in ("forward", "decode"))
         for load in loads:
             if load.shape == shape:
-                one_s = (load.steps + 1) * pass_s + decode_s
+                one_s = (load.steps + rules.commit_passes) * pass_s + decode_s
                 busy += one_s / rows / load.period_s
                 longest = max(longest, one_s / load.period_s)
     return max(busy, longest)

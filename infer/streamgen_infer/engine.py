@@ -65,6 +65,10 @@ class Work:
         if run.kind == "commit":
             assert run.latents is not None and self.finished is None, "one block waits for the codec at most"
             self.finished = Finished(self.stream.state.position, run.latents, self.cue, run.last + 1)
+        if run.keeps_last_step:
+            run.keep()
+            self.cue = self.run = None
+            return True
         return False
 
 

@@ -62,7 +62,8 @@ class Runtime:
     ) -> None:
         self.pipe, self.engine = pipe, Engine(pipe)
         self.costs = costs or CostModel()
-        self.rules, self.limits = Rules(), Limits(most_streams=max_streams)
+        self.rules = Rules(commit_passes=int(pipe.scheduler.commits))
+        self.limits = Limits(most_streams=max_streams)
         self.admission, self.sizes = admission, StreamCosts(pipe, checkpoint_bytes)
         self.memory_bytes = half_of_free_memory() if memory_bytes is None else memory_bytes
         self._warm_up_prompt = warm_up_prompt
@@ -253,11 +254,12 @@ class Runtime:
                 live.last_served_s = self._now()
                 if place in failed or live.turn is not None:
                     continue
+                waited = live.work.finished is not None
                 if live.work.advanced():
                     live.pending_snapshot = live.stream.snapshot()
                     if live.work.finished is None:
                         self._keep_snapshot(live)
-                elif live.work.finished is not None and live.work.run is not None and live.work.run.kind == "commit":
+                if live.work.finished is not None and not waited:
                     live.undecoded_flags = live.current.flags
         for place, error in failed.items():
             self._fail(lives[place], error)

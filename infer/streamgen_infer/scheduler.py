@@ -92,6 +92,8 @@ class Rules:
     """Most streams in one launch."""
     max_wait_s: float = 2.0
     """Who has waited so long goes first."""
+    commit_passes: int = 1
+    """Of a block, after its steps; 0 where the keys and values of the last step stay."""
 
 
 _Cell = tuple[float, float, int, Kind, float, StreamView]
@@ -325,7 +327,7 @@ class _Demand:
             extra_s = pass_s if ready == "commit" else 0.0
             if ready == "recache":
                 extra_s = costs.predict("recache", shape, 1, 0.5)
-            rate = ((usual + 1) * pass_s + decode_s) / period_s
+            rate = ((usual + rules.commit_passes) * pass_s + decode_s) / period_s
             works.append((due_at_s, left * pass_s + extra_s + decode_s, rate))
         works.sort()
         self.dues_s = [due_s for due_s, _, _ in works]

@@ -299,9 +299,14 @@ class _Run:
                     raise Broken(f"{stream.id}: block {stream.block} finished before {stream.undecoded} was decoded")
                 if stream.block >= stream.delivered:  # made again after a death, it may be on screen already
                     stream.undecoded = stream.block
+                if self.scenario.rules.commit_passes == 0:
+                    self.next_block(stream)
         else:
-            stream.block += 1
-            self.begin_block(stream)
+            self.next_block(stream)
+
+    def next_block(self, stream: SimulatedStream) -> None:
+        stream.block += 1
+        self.begin_block(stream)
 
     def deliver(self, stream: SimulatedStream, flags: int) -> None:
         """A block's frames are ready."""

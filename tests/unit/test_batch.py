@@ -77,6 +77,7 @@ def test_keys_and_values_in_one_byte(pipe: StreamPipeline, stored_as: str) -> No
         {"sampler": "euler"},
         {"context_noise": 0.1},
         {"shift": 2.0, "protect_sink": False},
+        {"commits": False, "context_noise": 5 / 6},
     ],
 )
 def test_one_row_equals_the_stream_however_the_card_samples(scheduler: dict[str, Any]) -> None:

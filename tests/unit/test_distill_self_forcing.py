@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -200,6 +201,20 @@ def test_export_streams_with_renoising_and_lists_its_step_counts(runs: dict[str,
     assert set(found) >= {"obeys_first", "obeys_last", "presence_last"}
 
 
+def test_a_student_may_be_streamed_without_commit_passes(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Trained on the keys and values of noised blocks, at the level of its last step."""
+    own = {"train_steps": (2,), "context_noise": 5 / 6, "commits": False}
+    objective = build(runs, **own)
+    train(objective, train_config(max_steps=2), tmp_path / "run")
+    objective.export(copy.deepcopy(objective.modules()), tmp_path / "model")
+    pipe = StreamPipeline.from_pretrained(tmp_path / "model", dtype="fp32")
+    assert not pipe.sampling(2).commits and pipe.sampling(2).context_noise == 5 / 6
+    assert all(plan.commits for plan in objective.plans), "a graded pass leaves nothing in the cache"
+    made = generate(pipe, ["a red star"], [1], 5)
+    blocks = list(pipe.stream("a red star", seed=1, max_blocks=5))
+    assert np.array_equal(made[0].numpy(), np.concatenate([block.frames for block in blocks]))
+
+
 @pytest.mark.parametrize(("cache", "noise"), [("relative", 0.0), ("window", 0.1), ("ema_sink", 0.0)])
 def test_the_card_names_the_cache_of_the_rollouts(
     cache: str, noise: float, runs: dict[str, Path], tmp_path: Path
@@ -330,6 +345,8 @@ def test_long_streams_resume_exactly(runs: dict[str, Path], tmp_path: Path) -> N
         ({"init_from": None}, "init_from is null"),
         ({"gan_layers": (7,)}, "has layers 0 to 1"),
         ({"cache": "ring"}, "allowed: window, relative"),
+        ({"commits": False}, "at level 0.625 and context_noise is 0; they must be equal"),
+        ({"commits": False, "context_noise": 0.625, "train_steps": (4, 2)}, "the last of 2 steps is at level 0.8333"),
     ],
 )
 def test_impossible_configs_are_refused(runs: dict[str, Path], changes: dict[str, Any], message: str) -> None:

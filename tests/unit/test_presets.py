@@ -131,6 +131,9 @@ def test_shipped_schedulers_are_as_before(repository: Path) -> None:
         ({"timesteps": [[]]}, "must descend"),
         ({"positions": "absolute"}, "positions='absolute': must be one of window, relative"),
         ({"first_steps": 0}, "first_steps=0: must be at least 1"),
+        ({"commits": False}, "last of 4 steps is at level 0.625 and context_noise is 0; they must be equal"),
+        ({"commits": False, "context_noise": 0.625, "first_steps": 8}, "last of 8 steps is at level 0.4167"),
+        ({"commits": False, "context_noise": 0.625, "visibility": ["same_level"]}, "blocks are made one after another"),
     ],
 )
 def test_bad_schedulers_are_refused(changes: dict, message: str) -> None:

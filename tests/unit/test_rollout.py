@@ -183,6 +183,47 @@ def test_context_noise_is_the_commit_cells_noise(model: CausalWanModel) -> None:
     torch.testing.assert_close(torch.stack(list(state.recent.values()), 1), expected)
 
 
+def by_a_pass_of_its_own(
+    model: CausalWanModel, state: StreamState, text: TextContext, transition: str | None
+) -> Tensor:
+    """A block whose commit pass is written out: once more what the last step saw."""
+    level = SAMPLING.sigmas[-1]
+    run = BlockRun(state, text, Sampling(sigmas=SAMPLING.sigmas, context_noise=level), transition=transition)
+    enter_block(model, run)
+    with torch.no_grad():
+        while run.kind == "step":
+            asked = run.waiting()
+            run.take(asked, model(asked.latents_BFCHW, torch.full((1, 1), 1000 * asked.sigma), text, cache=asked.cache))
+        assert run.latents is not None
+        again = run.waiting()._replace(latents_BFCHW=asked.latents_BFCHW)
+        run.take(again, model(again.latents_BFCHW, torch.full((1, 1), 1000 * level), text, cache=again.cache))
+    return run.latents
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_without_commits_the_last_step_leaves_its_keys_and_values(model: CausalWanModel, policy: str) -> None:
+    """Past the window and through a recache; one pass a block is saved."""
+    sampling = Sampling(sigmas=SAMPLING.sigmas, commits=False, context_noise=SAMPLING.sigmas[-1])
+    state, expected, passes = new_state(policy), new_state(policy), []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    for block in range(7):
+        text, transition = text_of(model, int(block > 4)), "recache" if block == 5 else None
+        passes.clear()
+        made = rollout_block(model, state, text, sampling, transition=transition)
+        assert len(passes) == len(SAMPLING.sigmas) + (block == 5)
+        assert torch.equal(made, by_a_pass_of_its_own(model, expected, text, transition))
+        assert torch.equal(state.cache.k, expected.cache.k) and torch.equal(state.cache.v, expected.cache.v)
+        assert state.position == expected.position and state.cache.frames == expected.cache.frames
+        assert all(torch.equal(state.recent[frame], expected.recent[frame]) for frame in state.cache.frames)
+    hook.remove()
+
+
+def test_a_gradient_needs_commit_passes(model: CausalWanModel) -> None:
+    sampling = Sampling(sigmas=SAMPLING.sigmas, commits=False, context_noise=SAMPLING.sigmas[-1])
+    with pytest.raises(ValueError, match="train with commits"):
+        rollout_block(model, new_state(), text_of(model, 0), sampling, grad=True)
+
+
 def test_euler_sampler_follows_the_flow(model: CausalWanModel) -> None:
     state = new_state()
     text = text_of(model, 0)

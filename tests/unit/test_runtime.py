@@ -5,6 +5,7 @@ Streams play far faster than real time here, so that seconds of video take a mom
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,30 @@ def test_a_prompt_holds_from_the_block_that_the_receipt_names(
     assert (applied[-1].version, applied[-1].block) == (receipt.version, receipt.block) == (1, receipt.block)
     assert receipt.block > 3 and receipt.media_s == receipt.block * BLOCK / FPS
     assert np.array_equal(video, expected(pipe, (receipt.block, OTHER, transition)))
+
+
+def test_a_model_without_commit_passes(pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to the bit through a switch and a turn back, in two launches a block."""
+    card = replace(pipe.scheduler, trained_steps=(2,), commits=False, context_noise=5 / 6)
+    monkeypatch.setattr(pipe, "scheduler", card)
+    runtime = Runtime(pipe, admission=False)
+    assert runtime.rules.commit_passes == 0
+    runtime.start()
+    try:
+        viewer, live = watch(runtime)
+        viewer.when[3] = lambda: live.prompt(OTHER, "recache")
+        viewer.when[7] = lambda: live.seek(1 * BLOCK / FPS)
+        video = viewer.video()
+        switch, _ = viewer.results
+        assert np.array_equal(video, expected(pipe, (switch.block, OTHER, "recache")))  # type: ignore[attr-defined]
+        many = [watch(runtime, seed=seed)[0] for seed in range(3)]
+        assert all(near(one.video(), expected(pipe, seed=seed)) for seed, one in enumerate(many))
+    finally:
+        runtime.close()
+    assert runtime.failure is None
+    other = expected(pipe)
+    monkeypatch.setattr(pipe, "scheduler", replace(card, commits=True))
+    assert not near(other, expected(pipe))
 
 
 def test_a_prompt_at_the_playhead_gives_up_the_blocks_that_were_not_seen(

@@ -124,7 +124,7 @@ def play(scenario: Scenario, costs: CostModel = COSTS) -> tuple[Seen, dict[str, 
         deaths_per_hour=st.sampled_from([0.0, 300.0]),
         rebuild_s=st.floats(0.1, 10),
     ),
-    rules=st.builds(Rules, max_rows=st.integers(1, 16), max_wait_s=st.floats(0, 3)),
+    rules=st.builds(Rules, max_rows=st.integers(1, 16), max_wait_s=st.floats(0, 3), commit_passes=st.integers(0, 1)),
 )
 def test_whatever_breaks_nothing_is_lost_doubled_disordered_or_starved_and_memory_holds(
     seed: int, devices: int, noise: float, viewers: Viewers, faults: Faults, rules: Rules
@@ -214,10 +214,12 @@ def test_a_slow_viewer_costs_its_own_frames_only() -> None:
     assert made[1] == pytest.approx(0.79, abs=0.03)
 
 
-def test_a_device_serves_what_a_single_stream_needs_and_no_more() -> None:
+@pytest.mark.parametrize("commit_passes", [1, 0])
+def test_a_device_serves_what_a_single_stream_needs_and_no_more(commit_passes: int) -> None:
     """One viewer, no noise: every number can be worked out by hand."""
     viewers = Viewers(per_minute=60, mean_s=1e5, trained_steps=(4,))
-    scenario = Scenario(viewers=(viewers,), seconds=61, noise=0, limits=Limits(most_streams=1))
+    rules = Rules(commit_passes=commit_passes)
+    scenario = Scenario(viewers=(viewers,), seconds=61, noise=0, limits=Limits(most_streams=1), rules=rules)
     seen, values = play(scenario)
     first = 4 * 0.024 + 0.016
     assert values["first_frame"]["p50_s"] == pytest.approx(first, abs=0.0011)
@@ -226,7 +228,7 @@ def test_a_device_serves_what_a_single_stream_needs_and_no_more() -> None:
     stayed_s = values["stream_minutes"] * 60
     # the first frame is due 1 s after the viewer came, and a block begins when the one before comes on screen
     assert len(blocks) == int((stayed_s - 1.0 + 0.75 - first) / 0.75) + 1
-    busy_s = len(blocks) * (5 * 0.024 + 0.016)
+    busy_s = len(blocks) * ((4 + commit_passes) * 0.024 + 0.016)
     assert values["utilisation"][0] * 61 == pytest.approx(busy_s, abs=0.2)
     assert values["jitter"]["max_s"] == 0 and values["slack"]["p50_s"] == pytest.approx(0.75 - first, abs=0.04)
 
