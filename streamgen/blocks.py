@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from streamgen.codec import CodecState
@@ -64,22 +62,3 @@ class Snapshot:
     def nbytes(self) -> int:
         held = [*self.cache.values(), *self.recent.values(), *(self.codec or {}).values()]
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
-
-
-class Clock:
-    """Wall time between calls, after the device has finished."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Milliseconds since the last lap."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return 1000 * elapsed
-
-    def total(self) -> float:
-        return 1000 * (self._last - self._start)

@@ -27,6 +27,7 @@ from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
 from streamgen.codecs.wan import WanCodec, WanCodecConfig
 from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
+from streamgen.frames import FrameMaker
 from streamgen.geometry import VideoGeometry
 from streamgen.images import image_geometry, image_latents
 from streamgen.kernel_choice import ops_for
@@ -96,6 +97,8 @@ class StreamPipeline:
         """A name of `quantised_linear.WEIGHTS_DTYPES`, or None: all of them in `dtype`."""
         self.dtype = transformer.patch_embedding.weight.dtype
         self.device = transformer.patch_embedding.weight.device
+        self.frames = FrameMaker(self.device)
+        """The way of its latents to the host."""
         self._check()
 
     @classmethod

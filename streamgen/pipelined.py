@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from streamgen.clocks import Laps
 from streamgen.errors import UserError
 from streamgen.parallel.levels import LevelCaches, after_cell, cell_pass, commit_cell, recache_pass
 from streamgen.rolling import RollingWindow, roll
 from streamgen.rollout import StreamState, run_passes
-from streamgen.stream import Block, BlockTiming, Clock, Stream
+from streamgen.stream import Block, BlockTiming, Stream
 from streamgen.timeline import Cue
 from streamgen.transformer import TextContext
 from streamgen.weights import user_errors
@@ -65,24 +66,26 @@ class PipelinedStream(Stream):
     def __next__(self) -> Block:
         if self._cancelled.is_set() or (self.max_blocks is not None and self.finished >= self.max_blocks):
             raise StopIteration
-        clock = Clock(self.pipe.device)
+        laps = Laps(self.pipe.device)
         self._adapters.enter(self.state.position)  # another stream may have had others
-        passes_ms: list[float] = []
         while self._made is None:
             self._made = self._launch()
-            passes_ms.append(clock.lap())
+            laps.mark("denoise")
             if self._made is None and self._cancelled.is_set():
                 raise StopIteration
         cue, latents = self._made
-        frames, self.state.codec = self.decode(latents)
+        coming = self.begin_decode(latents)
+        laps.mark("decode")
+        frames, self.state.codec = coming.wait(), coming.codec
+        stages, total_ms = laps.read()
         self._made = None
         timing = BlockTiming(
             text_ms=0.0,
             recache_ms=0.0,
-            denoise_ms=passes_ms,
-            decode_ms=clock.lap(),
+            denoise_ms=stages.get("denoise", []),
+            decode_ms=coming.decode_ms(),
             commit_ms=0.0,
-            total_ms=clock.total(),
+            total_ms=total_ms,
         )
         index, self.finished = self.finished, self.finished + 1
         return Block(index=index, frames=frames, prompt=cue.prompt, prompt_version=cue.version, timing=timing)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from streamgen.adapters import AdapterPlan, stronger
-from streamgen.blocks import Block, BlockTiming, Clock, PromptReceipt, Snapshot
+from streamgen.blocks import Block, BlockTiming, PromptReceipt, Snapshot
+from streamgen.clocks import Laps
 from streamgen.codec import CodecState
 from streamgen.errors import UserError
+from streamgen.frames import Coming
 from streamgen.geometry import VideoGeometry
-from streamgen.pixels import to_uint8
 from streamgen.rollout import BlockRun, Cancelled, Sampling, StreamState, rollout_block
 from streamgen.stream_state import STATE_MARK, read_state, saved_state
 from streamgen.timeline import Cue, PromptTimeline
@@ -27,7 +28,7 @@ from streamgen.weights import save_tree, user_errors
 if TYPE_CHECKING:
     from streamgen.pipeline import StreamPipeline
 
-__all__ = ["MAX_STEPS", "STATE_MARK", "Block", "BlockTiming", "Clock", "PromptReceipt", "Snapshot", "Stream"]
+__all__ = ["MAX_STEPS", "STATE_MARK", "Block", "BlockTiming", "PromptReceipt", "Snapshot", "Stream"]
 
 MAX_STEPS = 1000
 MAX_WARNINGS = 64
@@ -93,16 +94,15 @@ class Stream(Iterator[Block]):
         if self._cancelled.is_set() or (self.max_blocks is not None and state.position >= self.max_blocks):
             raise StopIteration
         cue = self.fix_cue()
-        clock = Clock(self.pipe.device)
+        laps = Laps(self.pipe.device)
         transition = stronger(self._adapters.enter(state.position), cue.transition)
         text = self._texts.context(self.timeline, cue)
-        text_ms = clock.lap()
-        laps: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": [], "decode": []}
-        decoded: list[tuple[np.ndarray, CodecState]] = []
+        laps.mark("text")
+        coming: list[Coming] = []
 
         def decode(latents: Tensor) -> None:
-            decoded.append(self.decode(latents))
-            laps["decode"].append(clock.lap())
+            coming.append(self.begin_decode(latents))
+            laps.mark("decode")
 
         index = state.position
         try:
@@ -113,19 +113,20 @@ class Stream(Iterator[Block]):
                 self._sampling(None),
                 transition=transition,
                 cancelled=self._cancelled.is_set,
-                mark=lambda stage: laps[stage].append(clock.lap()),
+                mark=laps.mark,
                 emit=decode,
             )
         except Cancelled:
             raise StopIteration from None
-        frames, state.codec = decoded[0]
+        frames, state.codec = coming[0].wait(), coming[0].codec
+        stages, total_ms = laps.read()
         timing = BlockTiming(
-            text_ms=text_ms,
-            recache_ms=laps["enter"][0],
-            denoise_ms=laps["denoise"],
-            decode_ms=laps["decode"][0],
-            commit_ms=laps["commit"][0],
-            total_ms=clock.total(),
+            text_ms=stages["text"][0],
+            recache_ms=stages["enter"][0],
+            denoise_ms=stages.get("denoise", []),
+            decode_ms=coming[0].decode_ms(),
+            commit_ms=stages["commit"][0],
+            total_ms=total_ms,
         )
         return Block(
             index=index,
@@ -149,14 +150,17 @@ class Stream(Iterator[Block]):
         text = self._texts.context(self.timeline, cue)
         return cue, BlockRun(self.state, text, self._sampling(steps), transition=cue.transition)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> tuple[np.ndarray, CodecState]:
-        """A block's latents -> frames, uint8 [frames, H, W, 3], and the codec's state after them.
+    def begin_decode(self, latents: Tensor) -> Coming:
+        """A block's latents -> its frames on their way, and the codec's state after them.
 
         The state belongs into `state.codec` once the block is committed, so that both stand at the same block.
         """
-        video, codec_state = self.pipe.codec.decode_stream(latents, self.state.codec)
-        return to_uint8(video)[0].cpu().numpy(), codec_state
+        return self.pipe.frames.begin(self.pipe.codec, latents, self.state.codec)
+
+    def decode(self, latents: Tensor) -> tuple[np.ndarray, CodecState]:
+        """The same, and wait for the frames: uint8 [frames, H, W, 3]."""
+        coming = self.begin_decode(latents)
+        return coming.wait(), coming.codec
 
     def change(
         self, text: str, transition: str, block: int, *, begun: int, blend_blocks: int = 4

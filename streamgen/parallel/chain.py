@@ -23,7 +23,6 @@ from streamgen.parallel.levels import LevelCaches, run_cell
 from streamgen.parallel.replay import replayed_transition, skip_to
 from streamgen.parallel.transport import CELL, END, NO_TEXT, Inbox, Message, Outbox, Wire
 from streamgen.pipeline import StreamPipeline
-from streamgen.pixels import to_uint8
 
 
 def latent_wire(
@@ -49,10 +48,10 @@ class Decoder:
         self._pipe, self._host = pipe, host
         self._state = None if state is None else {name: tensor.to(pipe.device) for name, tensor in state.items()}
 
-    @torch.no_grad()
     def decode(self, block: int, latents: Tensor) -> None:
-        video, self._state = self._pipe.codec.decode_stream(latents, self._state)
-        self._host.on_block(block, latents, to_uint8(video)[0].cpu(), self._state)
+        coming = self._pipe.frames.begin(self._pipe.codec, latents, self._state)
+        frames, self._state = torch.from_numpy(coming.wait()), coming.codec
+        self._host.on_block(block, latents, frames, self._state)
 
 
 def run_chain(job: Job, pipe: StreamPipeline, host: Host, start: Start) -> None:

@@ -25,8 +25,8 @@ def alone(stream: Stream, blocks: int) -> np.ndarray:
 def latents_alone(pipe: StreamPipeline, prompt: str, seed: int, steps: int, blocks: int) -> list[torch.Tensor]:
     made: list[torch.Tensor] = []
     stream = pipe.stream(prompt, seed=seed, steps=steps)
-    decode = stream.decode
-    stream.decode = lambda latents: made.append(latents) or decode(latents)  # type: ignore[method-assign,func-returns-value]
+    decode = stream.begin_decode
+    stream.begin_decode = lambda latents: made.append(latents) or decode(latents)  # type: ignore[method-assign,func-returns-value]
     for _ in range(blocks):
         next(stream)
     return made

@@ -22,6 +22,7 @@ import torch
 from streamgen import __version__
 from streamgen.attention import attend
 from streamgen.capture import Captures
+from streamgen.clocks import Clock, clock_of
 from streamgen.codecs.taehv import TaehvCodec
 from streamgen.costs import pass_shapes
 from streamgen.errors import UserError
@@ -30,7 +31,7 @@ from streamgen.kernel_choice import NOT_IN_THE_TABLE
 from streamgen.ops import select
 from streamgen.transformer import CausalWanModel
 from streamgen_infer.bench.bound import Bound
-from streamgen_infer.bench.cuda_blocks import Bench, Blocks, Clock, Setting, clock_of, random_codec, random_model, wan
+from streamgen_infer.bench.cuda_blocks import Bench, Blocks, Setting, random_codec, random_model, wan
 from streamgen_infer.bench.cuda_show import lines
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.kernels_check import Row, Speed, check_kernels, device_ms, measure_kernels
@@ -199,8 +200,8 @@ def measure_setting(
         "threads": torch.get_num_threads(),
         **asdict(setting),
         "block_ms": block_ms,
-        "fps": 1000 * len(stream.frames[0]) / block_ms,
-        "frames_per_block": len(stream.frames[0]),
+        "fps": 1000 * len(stream.frames) / block_ms,
+        "frames_per_block": len(stream.frames),
         "percentiles_ms": percentiles([one["block_ms"] for one in made], (50, 95, 99)),
         "ttff_s": ttff_ms / 1000,
         "device_ms": statistics.median(one["device_ms"] for one in made),

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamgen.cache import CacheSpec, KVCache, QuantisedKVCache
 from streamgen.capture import Recorder
+from streamgen.clocks import Clock
 from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
 from streamgen.flow import step_sigmas
+from streamgen.frames import Coming, FrameMaker
 from streamgen.geometry import VideoGeometry
 from streamgen.ops import Ops
-from streamgen.pixels import to_uint8
 from streamgen.rollout import Sampling, StreamState, rollout_block
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.weights import Unfilled
@@ -91,53 +93,6 @@ def wan(device: torch.device) -> Bench:
     )
 
 
-# Time.
-
-
-class Clock(Protocol):
-    """Marks moments of the device's work."""
-
-    def mark(self) -> Any: ...
-
-    def ms(self, start: Any, end: Any) -> float: ...
-
-    def wait(self) -> None:
-        """Until the device has done all it was given."""
-        ...
-
-
-class EventClock:
-    """CUDA events on the current stream; `ms` may be asked once both have passed."""
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return float(start.elapsed_time(end))
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
-
-
-class WallClock:
-    """Of a CPU, where work is done when the call returns."""
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def ms(self, start: float, end: float) -> float:
-        return 1000 * (end - start)
-
-    def wait(self) -> None:
-        return None
-
-
-def clock_of(device: torch.device) -> Clock:
-    return EventClock() if device.type == "cuda" else WallClock()
-
-
 # Blocks.
 
 
@@ -152,10 +107,13 @@ class Blocks:
     clock: Clock
     state: StreamState = field(init=False)
     text: TextContext = field(init=False)
-    frames: Tensor | None = None
-    """Of the last block, uint8 on the host."""
+    frames: np.ndarray | None = None
+    """Of the last block."""
+
+    _maker: FrameMaker = field(init=False)
 
     def __post_init__(self) -> None:
+        self._maker = FrameMaker(self.bench.device)
         self.state = StreamState(
             geometry=self.bench.geometry, cache=new_cache(self.bench, self.setting), seeds=(0,), ops=self.model.ops
         )
@@ -165,8 +123,9 @@ class Blocks:
     def make(self, steps: int | None = None) -> dict[str, Any]:
         """The next block -> milliseconds: whole, of each stage, and of the host until all was launched."""
         clock = self.clock
-        stages: dict[str, list[float]] = {"enter": [], "denoise": [], "decode": [], "commit": []}
+        stages: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": []}
         moments: list[tuple[str, Any]] = []
+        coming: list[Coming] = []
         began = time.perf_counter()
         first = clock.mark()
         rollout_block(
@@ -175,9 +134,10 @@ class Blocks:
             self.text,
             Sampling(sigmas=step_sigmas(steps or self.bench.steps, SHIFT)),
             mark=lambda stage: moments.append((stage, clock.mark())),
-            emit=lambda latents: self._decode(latents, moments),
+            emit=lambda latents: coming.append(self._decode(latents)),
         )
         launched_ms = 1000 * (time.perf_counter() - began)
+        self.frames = coming[0].wait()
         clock.wait()
         wall_ms = 1000 * (time.perf_counter() - began)
         before = first
@@ -189,7 +149,7 @@ class Blocks:
             "device_ms": clock.ms(first, before),
             "launched_ms": launched_ms,
             "denoise_ms": stages["denoise"],
-            "decode_ms": sum(stages["decode"]),
+            "decode_ms": coming[0].decode_ms(),
             "commit_ms": sum(stages["commit"]),
         }
 
@@ -202,7 +162,7 @@ class Blocks:
         done_s: list[float] = []
 
         def decode(latents: Tensor) -> None:
-            self._decode(latents, [])
+            self.frames = self._decode(latents).wait()
             done_s.append(time.perf_counter())
 
         sampling = Sampling(sigmas=step_sigmas(self.bench.steps, SHIFT))
@@ -210,10 +170,10 @@ class Blocks:
         self.clock.wait()
         return 1000 * (done_s[0] - began)
 
-    def _decode(self, latents: Tensor, moments: list[tuple[str, Any]]) -> None:
-        video, self.state.codec = self.codec.decode_stream(latents, self.state.codec)
-        self.frames = to_uint8(video).cpu()
-        moments.append(("decode", self.clock.mark()))
+    def _decode(self, latents: Tensor) -> Coming:
+        coming = self._maker.begin(self.codec, latents, self.state.codec)
+        self.state.codec = coming.codec
+        return coming
 
 
 def new_cache(bench: Bench, setting: Setting) -> KVCache:
