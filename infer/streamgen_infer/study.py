@@ -194,7 +194,8 @@ COLUMNS = ("color", "shape", "motion", "presence", "obeys")
 
 
 def table(study: Study, root: Path) -> list[dict[str, Any]]:
-    """One entry per row that has results: for the first and the last segment, mean and standard error over seeds."""
+    """One entry per row that has results: for the first and the last segment, and after switches by each transition
+    (last 2 s), mean and standard error over seeds."""
     out = []
     for row in study.rows:
         files = sorted((root / _slug(row.name)).glob("seed*/eval.json"))
@@ -207,6 +208,8 @@ def table(study: Study, root: Path) -> list[dict[str, Any]]:
             entry[f"{where}_start_s"] = segments[0]["start_s"]
             for column in COLUMNS:
                 entry[f"{where}_{column}"] = mean_and_error([segment[column] for segment in segments])
+        switches = [{one["transition"]: one["obeys"] for one in result.get("switches", ())} for result in results]
+        entry["switch"] = {name: mean_and_error([found[name] for found in switches]) for name in switches[0]}
         out.append(entry)
     return out
 
@@ -216,7 +219,8 @@ def _train_seconds(root: Path, row: Row, study: Study) -> float | None:
     by_name = {item.name: item for item in study.rows}
     source = row if row.shares is None else by_name[row.shares]
     totals = []
-    for folder in sorted((root / _slug(row.name)).glob("seed*")):
+    for file in sorted((root / _slug(row.name)).glob("seed*/eval.json")):
+        folder = file.parent
         done = [job.made for job in _chain(source, by_name, root, int(folder.name.removeprefix("seed")))]
         if all(file.is_file() for file in done):
             totals.append(sum(json.loads(file.read_text())["seconds"] for file in done))
@@ -228,9 +232,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no results yet\n"
     names = [f"{where} {column}" for where in ("first", "last") for column in COLUMNS]
+    transitions = list(dict.fromkeys(name for row in rows for name in row["switch"]))
+    names += [f"after {name}" for name in transitions]
     lines = ["| training | seeds | train s | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
     for row in rows:
         cells = [_cell(row[f"{where}_{column}"]) for where in ("first", "last") for column in COLUMNS]
+        cells += [_cell(row["switch"][name]) if name in row["switch"] else "-" for name in transitions]
         seconds = "-" if row["train_s"] is None else f"{row['train_s']:.0f}"
         lines.append(f"| {row['name']} | {row['seeds']} | {seconds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

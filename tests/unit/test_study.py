@@ -57,7 +57,8 @@ def test_a_row_that_shares_a_model_only_evaluates_it_differently(tmp_path: Path)
 def result(first: float, last: float) -> str:
     columns = ("color", "shape", "motion", "presence", "obeys")
     rows = [{"start_s": start, **dict.fromkeys(columns, value)} for start, value in ((0.0, first), (55.0, last))]
-    return json.dumps({"by_segment": rows})
+    switches = [{"transition": "recache", "obeys": last}, {"transition": "cut", "obeys": first}]
+    return json.dumps({"by_segment": rows, "switches": switches})
 
 
 def test_the_table_has_means_and_standard_errors_over_seeds(tmp_path: Path) -> None:
@@ -66,11 +67,16 @@ def test_the_table_has_means_and_standard_errors_over_seeds(tmp_path: Path) -> N
         (folder / "0_lab_cd").mkdir(parents=True)
         (folder / "0_lab_cd" / "done.json").write_text(json.dumps({"seconds": 10.0 * (seed + 1)}))
         (folder / "eval.json").write_text(result(first, last))
+        folder.with_name(f"seed{seed}.log").write_text("what the evaluation printed")
     (row,) = table(STUDY, tmp_path)
     assert row["seeds"] == 2 and row["train_s"] == 15.0 and row["last_start_s"] == 55.0
     assert row["first_obeys"] == pytest.approx((0.7, 0.1)) and row["last_obeys"] == pytest.approx((0.5, 0.1))
-    text = markdown([row])
+    assert row["switch"] == {"recache": pytest.approx((0.5, 0.1)), "cut": pytest.approx((0.7, 0.1))}
+    other = dict(row, name="B", switch={"cut": (0.25, math.nan)})
+    text = markdown([row, other])
     assert "| A | 2 | 15 |" in text and "70 ± 10" in text and "50 ± 10" in text
+    assert "after recache | after cut |" in text
+    assert [line.rsplit("|", 3)[1:3] for line in text.splitlines()[2:]] == [[" 50 ± 10 ", " 70 ± 10 "], [" - ", " 25 "]]
     one = [dict(row, first_obeys=(0.7, math.nan))]
     assert "| 70 |" in markdown(one)
     assert markdown([]) == "no results yet\n"
