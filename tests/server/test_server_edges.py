@@ -1,6 +1,8 @@
 """What goes wrong between viewers, the event loop and the disk: each test was a defect once."""
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from streamgen_infer import protocol as p
 from streamgen_infer.serve import saving
+from streamgen_infer.serve.connection import Connection
 from streamgen_infer.serve.frame_encoders import FragmentedMp4
 from streamgen_infer.serve.limits import check_origin
 from streamgen_infer.serve.receipts import Receipts
@@ -271,3 +274,43 @@ def test_memory_of_ended_sessions_is_given_back(tmp_path: Path, monkeypatch: pyt
             assert not asked.wait(0.4), "while nothing has ended"
             talk.ask({"type": "session.stop"})
         assert asked.wait(10)
+
+
+def test_what_is_over_leaves_no_circles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, cut, ended by the client: memory is free at once and waits for no garbage collector."""
+    living: weakref.WeakSet[Connection] = weakref.WeakSet()
+    init = Connection.__init__
+
+    def remembered(self: Connection, *given: Any) -> None:
+        init(self, *given)
+        living.add(self)
+
+    monkeypatch.setattr(Connection, "__init__", remembered)
+    held: list[weakref.ref[Any]] = []
+
+    class Refusing(FakeRuntime):
+        def open(self, request: Any, **calls: Any) -> Any:
+            cache = set[int]()  # what a runtime has made by the time it refuses
+            held.append(weakref.ref(cache))
+            return super().open(request, **calls)
+
+    runtime = Refusing(make_every_s=0.01, max_streams=1)
+    with serving(lambda: runtime, tmp_path, resume_s=0.0) as running:
+        gc.collect()
+        gc.disable()
+        try:
+            with Talk(running) as first:
+                first.start()
+                with Talk(running) as refused:
+                    refused.send({"type": "session.start", "prompt": "a red star"})
+                    assert refused.until(p.Error).code == "overload"
+                wait_for(lambda: len(living) == 1)
+            wait_for(lambda: not living and not runtime.streams)
+            with Talk(running) as last:
+                last.start()
+                last.send({"type": "session.stop"})
+                last.until(p.Done)
+            wait_for(lambda: not living)
+            assert len(held) == 3 and not any(ref() for ref in held)
+        finally:
+            gc.enable()

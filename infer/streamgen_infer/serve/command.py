@@ -123,11 +123,13 @@ def _engine(options: Options) -> Any:
 def build_runtime(options: Options, memory_bytes: int | None = None) -> Any:
     """The model and its runtime, in this process. memory_bytes: for streams; half of what is free by default."""
     from streamgen.pipeline import StreamPipeline
+    from streamgen_infer.free_memory import keep_loaded
     from streamgen_infer.runtime import Runtime
 
     pipe = StreamPipeline.from_pretrained(
         options.model, device=options.device, dtype=options.dtype, threads=options.threads
     )
+    keep_loaded()
     return Runtime(pipe, max_streams=options.max_streams, admission=options.admission, memory_bytes=memory_bytes)
 
 

@@ -60,9 +60,13 @@ class Connection:
             await self._close()
         except (WebSocketDisconnect, ConnectionError) as error:
             log.info("connection lost: %s", type(error).__name__, extra={"session": self._name()})
+            error.with_traceback(None)
         finally:
             if self.session is not None:
                 await self.server.left(self, self.session)
+            # Errors hold the frames that they passed through, and those hold a stream's memory: a circle, which would
+            # stay until the garbage collector comes by.
+            self.end = None
 
     def kick(self, refusal: p.Refusal) -> None:
         """End this connection from outside, also when its sender is stuck in a full socket."""
