@@ -120,8 +120,8 @@ def test_a_switch_equals_two_streams_that_change_one_text(folder: Path, transiti
     stream = pipe.stream(STAR, seed=2, steps=2)
     stream.prompt(RING, transition, at_block=2, blend_blocks=2)
     latents: list[Tensor] = []
-    decode = stream.decode
-    stream.decode = lambda x: latents.append(x) or decode(x)  # type: ignore[method-assign,func-returns-value]
+    decode = stream.begin_decode
+    stream.begin_decode = lambda x: latents.append(x) or decode(x)  # type: ignore[method-assign,func-returns-value]
     for _ in range(3):
         next(stream)
     saved = stream.state_dict()

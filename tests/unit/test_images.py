@@ -90,8 +90,8 @@ def test_equals_a_program_written_out(folder: Path, place: str, context_noise: f
     pipe, image = piped(folder, image=place, context_noise=context_noise), picture()
     stream = pipe.stream(STAR, seed=6, image=image)
     latents: list[Tensor] = []
-    decode = stream.decode
-    stream.decode = lambda x: latents.append(x) or decode(x)  # type: ignore[method-assign,func-returns-value]
+    decode = stream.begin_decode
+    stream.begin_decode = lambda x: latents.append(x) or decode(x)  # type: ignore[method-assign,func-returns-value]
     first = next(stream)
     assert torch.equal(latents[0][:, :1], encoded(pipe, image))
     assert torch.equal(stream.state.recent[0], encoded(pipe, image)[:, 0])
