@@ -219,9 +219,8 @@ def _train_seconds(root: Path, row: Row, study: Study) -> float | None:
     by_name = {item.name: item for item in study.rows}
     source = row if row.shares is None else by_name[row.shares]
     totals = []
-    for file in sorted((root / _slug(row.name)).glob("seed*/eval.json")):
-        folder = file.parent
-        done = [job.made for job in _chain(source, by_name, root, int(folder.name.removeprefix("seed")))]
+    for result in sorted((root / _slug(row.name)).glob("seed*/eval.json")):
+        done = [job.made for job in _chain(source, by_name, root, int(result.parent.name.removeprefix("seed")))]
         if all(file.is_file() for file in done):
             totals.append(sum(json.loads(file.read_text())["seconds"] for file in done))
     return statistics.fmean(totals) if totals else None

@@ -23,7 +23,7 @@ from streamgen_infer import protocol as p
 from streamgen_infer.client import Viewer, watch
 from streamgen_infer.runtime import Runtime
 from tests.server.harness import Running, Talk, serving, wait_for
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import near, save_tiny_model
 
 PROMPT, NEXT = "a red star", "two blue rings"
 SIDE = 32
@@ -54,11 +54,6 @@ def alone(model: Path, seed: int, switch_block: int | None, frames: int) -> np.n
 
 def pixels(talk: Talk) -> np.ndarray:
     return np.stack([np.frombuffer(payload, np.uint8).reshape(SIDE, SIDE, 3) for _, payload in talk.frames])
-
-
-def near(one: np.ndarray, other: np.ndarray) -> bool:
-    """Equal but for rounding: a stream that another test left may have shared a launch."""
-    return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
 def test_what_is_served_is_what_the_pipeline_makes(running: Running, model: Path) -> None:

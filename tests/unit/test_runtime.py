@@ -17,7 +17,7 @@ from streamgen.errors import UserError
 from streamgen_infer.live_stream import LiveStream
 from streamgen_infer.requests import MadeBlock, Refused, StreamEvent, StreamRequest
 from streamgen_infer.runtime import Runtime
-from tests.tiny_model import save_tiny_model
+from tests.tiny_model import near, save_tiny_model
 
 PROMPT, OTHER = "a red star", "two blue rings over a snow background"
 FPS = 480.0
@@ -83,11 +83,6 @@ def expected(pipe: StreamPipeline, *switches: tuple[int, str, str], seed: int = 
     for block, prompt, transition in switches:
         stream.prompt(prompt, transition, at_block=block)
     return np.concatenate([block.frames for block in stream])
-
-
-def near(one: np.ndarray, other: np.ndarray) -> bool:
-    """Equal but for the rounding of values that differ by 1e-6 in batches of another size."""
-    return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
 def test_one_stream_is_the_iterators_video_to_the_bit(runtime: Runtime, pipe: StreamPipeline) -> None:

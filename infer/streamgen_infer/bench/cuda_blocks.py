@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamgen.cache import CacheSpec, KVCache, QuantisedKVCache
 from streamgen.capture import Recorder
-from streamgen.clocks import Clock
+from streamgen.clocks import Clock, Laps
 from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
 from streamgen.flow import step_sigmas
 from streamgen.frames import Coming, FrameMaker
@@ -122,31 +122,28 @@ class Blocks:
     @torch.no_grad()
     def make(self, steps: int | None = None) -> dict[str, Any]:
         """The next block -> milliseconds: whole, of each stage, and of the host until all was launched."""
-        clock = self.clock
-        stages: dict[str, list[float]] = {"enter": [], "denoise": [], "commit": []}
-        moments: list[tuple[str, Any]] = []
         coming: list[Coming] = []
         began = time.perf_counter()
-        first = clock.mark()
+        laps = Laps(self.bench.device)
+
+        def decode(latents: Tensor) -> None:
+            coming.append(self._decode(latents))
+            laps.mark("decode")
+
         rollout_block(
             self.model,
             self.state,
             self.text,
             Sampling(sigmas=step_sigmas(steps or self.bench.steps, SHIFT)),
-            mark=lambda stage: moments.append((stage, clock.mark())),
-            emit=lambda latents: coming.append(self._decode(latents)),
+            mark=laps.mark,
+            emit=decode,
         )
         launched_ms = 1000 * (time.perf_counter() - began)
         self.frames = coming[0].wait()
-        clock.wait()
-        wall_ms = 1000 * (time.perf_counter() - began)
-        before = first
-        for stage, moment in moments:
-            stages[stage].append(clock.ms(before, moment))
-            before = moment
+        stages, wall_ms = laps.read()
         return {
             "block_ms": wall_ms,
-            "device_ms": clock.ms(first, before),
+            "device_ms": sum(map(sum, stages.values())),
             "launched_ms": launched_ms,
             "denoise_ms": stages["denoise"],
             "decode_ms": coming[0].decode_ms(),
