@@ -1,7 +1,7 @@
 """Attention backends, and the one rule that says who sees whom.
 
 Letters: B batch, N heads, T query tokens, S key tokens, K head width. Masks are bool [T, S], True where a query may
-look, or for the backend `flex` the BlockMask of the same rule. Frames are latent frames; a window counts all visible
+look, or the same rule as a BlockMask (backend `flex`) or as Spans (backend `spans`). Frames are latent frames; a window counts all visible
 frames: sink, past and what is being denoised.
 """
 
@@ -33,6 +33,34 @@ def _math(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) -
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ v_BNSK
+
+
+Span = tuple[int, int]
+"""From a token to before another."""
+
+
+class Spans(NamedTuple):
+    """A mask without a mask: queries that see the same keys, and the keys that they see (`span_mask`)."""
+
+    tokens: int
+    """Of the sequence, queries and keys alike."""
+    seen: tuple[tuple[Span, tuple[Span, ...]], ...]
+    """The queries from the first token to the last, each group with its keys in order."""
+
+
+def _spans(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
+    if mask is None:
+        return _math(q_BNTK, k_BNSK, v_BNSK, None)
+    if not isinstance(mask, Spans) or not mask.tokens == q_BNTK.shape[2] == k_BNSK.shape[2]:
+        kind = f"spans of {mask.tokens} tokens" if isinstance(mask, Spans) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"backend='spans' got {kind}: it needs those of `span_mask` for {q_BNTK.shape[2]} x {k_BNSK.shape[2]} tokens"
+        )
+    outs = []
+    for (start, stop), keys in mask.seen:
+        k, v = (torch.cat([x[:, :, a:b] for a, b in keys], 2) for x in (k_BNSK, v_BNSK))
+        outs.append(_math(q_BNTK[:, :, start:stop], k, v, None))
+    return torch.cat(outs, 2)
 
 
 SMALL_SCORES = 1 << 25
@@ -136,6 +164,11 @@ BACKENDS = {
         _math,
         "written out, holds [B, N, T, S] scores: faster to train under torch.compile on a CPU",
     ),
+    "spans": Backend(
+        _spans,
+        "written out, queries that see the same keys with those alone: under teacher forcing a third of the scores; for "
+        "training under torch.compile on a CPU, with masks of `span_mask`",
+    ),
     "flex": Backend(
         _flex,
         "FlexAttention (PyTorch 2.5 on): passes over blocks of 128 x 128 tokens that nobody sees, and holds no mask of "
@@ -153,7 +186,7 @@ def attend(
     q_BNTK: Tensor,
     k_BNSK: Tensor,
     v_BNSK: Tensor,
-    mask: Tensor | BlockMask | None = None,
+    mask: Tensor | BlockMask | Spans | None = None,
     backend: str = "sdpa",
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v -> [B, N, T, K]. No mask: every query sees every key."""
@@ -170,9 +203,9 @@ def check_backend(backend: str) -> None:
 def check_trainable(backend: str, device: torch.device) -> None:
     """UserError for a backend that has no backward on a device."""
     if backend == "triton":
-        raise UserError("attention_backend=triton has no backward; train with sdpa, math or flex")
+        raise UserError("attention_backend=triton has no backward; train with sdpa, math, spans or flex")
     if backend == "flex" and device.type == "cpu":
-        raise UserError("attention_backend=flex has no backward on a CPU; train with sdpa or math there")
+        raise UserError("attention_backend=flex has no backward on a CPU; train with sdpa, math or spans there")
 
 
 # Who sees whom.
@@ -284,11 +317,42 @@ def check_window(window_frames: int | None, sink_frames: int, unit_frames: int) 
         )
 
 
-def dense_mask(layout: Layout, tokens_per_frame: int) -> Tensor:
-    """Bool [T, T] of a sequence, for the backends `sdpa` and `math`."""
+def mask_of(layout: Layout, tokens_per_frame: int, backend: str, device: torch.device) -> Tensor | BlockMask | Spans:
+    """The mask of a sequence as a backend takes it."""
+    if backend == "flex":
+        return flex_mask(layout, tokens_per_frame, device)
+    if backend == "spans":
+        return span_mask(layout, tokens_per_frame)
+    return dense_mask(layout, tokens_per_frame).to(device)
+
+
+def frame_mask(layout: Layout) -> Tensor:
+    """Bool [F, F] of the frames of a sequence."""
     place = layout.place()
     q = Place(*(field[:, None] for field in place))
-    frames_FF = visible(q, place, layout.window_frames, layout.sink_frames, layout.lag)
+    return visible(q, place, layout.window_frames, layout.sink_frames, layout.lag)
+
+
+def span_mask(layout: Layout, tokens_per_frame: int) -> Spans:
+    """The same for the backend `spans`."""
+    frames_FF = frame_mask(layout)
+    rows = [tuple(row) for row in frames_FF.tolist()]
+
+    def runs(values: Sequence[Any]) -> list[Span]:
+        """Where neighbours are equal, in tokens."""
+        starts = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
+        return [(a * tokens_per_frame, b * tokens_per_frame) for a, b in pairwise(starts)]
+
+    def keys(row: Sequence[bool]) -> tuple[Span, ...]:
+        return tuple(run for run in runs(row) if row[run[0] // tokens_per_frame])
+
+    seen = tuple((run, keys(rows[run[0] // tokens_per_frame])) for run in runs(rows))
+    return Spans(len(rows) * tokens_per_frame, seen)
+
+
+def dense_mask(layout: Layout, tokens_per_frame: int) -> Tensor:
+    """Bool [T, T] of a sequence, for the backends `sdpa` and `math`."""
+    frames_FF = frame_mask(layout)
     return frames_FF.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
 
 

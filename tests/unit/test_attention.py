@@ -12,6 +12,7 @@ from streamgen.attention import (
     check_trainable,
     dense_mask,
     flex_mask,
+    span_mask,
     teacher_forcing_mask,
 )
 from streamgen.errors import UserError
@@ -119,6 +120,17 @@ def test_every_context_equals_a_double_loop(sizes, window, sink, name):
     rule = flex_mask(layout, 2).mask_mod  # the same rule, asked token by token
     at = torch.arange(len(mask))
     assert torch.equal(rule(torch.tensor(0), torch.tensor(0), at[:, None], at), mask)
+    assert torch.equal(written_out(span_mask(layout, 2)), mask)
+
+
+def written_out(spans):
+    """Bool [T, T]; every query is in one group."""
+    mask = torch.zeros(spans.tokens, spans.tokens, dtype=torch.int64)
+    for (start, stop), keys in spans.seen:
+        for a, b in keys:
+            mask[start:stop, a:b] += 1
+    assert [start for (start, _), _ in spans.seen] == [0, *(stop for (_, stop), _ in spans.seen)][:-1]
+    return mask.bool() if mask.max() == 1 else None
 
 
 def test_window_must_hold_sink_and_block():
@@ -150,7 +162,7 @@ def test_backends_agree(dtype, masked):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 12, 16).to(dtype).double()
     layout = Layout(block_frames=(3, 3), copies=(True,))
-    masks = {"flex": flex_mask(layout, 2)} if masked else {}
+    masks = {"flex": flex_mask(layout, 2), "spans": span_mask(layout, 2)} if masked else {}
     mask = block_causal_mask([3, 3], 2) if masked else None
     scores = q @ k.mT / 16**0.5
     wanted = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
@@ -180,8 +192,29 @@ def test_a_block_mask_fits_its_own_length_alone():
         attend(*torch.zeros(3, 1, 1, 12, 16), block_causal_mask([3, 3], 2), "flex")
 
 
+def test_gradients_of_spans_are_those_of_a_dense_mask():
+    torch.manual_seed(0)
+    layout = Layout(block_frames=(2, 3, 3), copies=(CLEAN, NOISY), window_frames=6, sink_frames=2)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 3, 32, 8).double())
+    upstream = torch.randn(2, 3, 32, 8).double()
+    outs = [
+        attend(q, k, v, mask, name) for name, mask in (("math", dense_mask(layout, 2)), ("spans", span_mask(layout, 2)))
+    ]
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-12, rtol=0)
+    wanted, got = (torch.autograd.grad(out, (q, k, v), upstream) for out in outs)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+def test_spans_fit_their_own_length_alone():
+    mask = span_mask(Layout(block_frames=(3, 3), copies=(True,)), 2)
+    with pytest.raises(ValueError, match=r"spans of 12 tokens.*10 x 12"):
+        attend(torch.zeros(1, 1, 10, 16), *torch.zeros(2, 1, 1, 12, 16), mask, "spans")
+    with pytest.raises(ValueError, match="got a Tensor"):
+        attend(*torch.zeros(3, 1, 1, 12, 16), block_causal_mask([3, 3], 2), "spans")
+
+
 def test_flex_does_not_train_on_a_cpu():
-    with pytest.raises(UserError, match="no backward on a CPU; train with sdpa or math"):
+    with pytest.raises(UserError, match="no backward on a CPU; train with sdpa, math or spans there"):
         check_trainable("flex", torch.device("cpu"))
     check_trainable("flex", torch.device("meta"))
     check_trainable("math", torch.device("cpu"))

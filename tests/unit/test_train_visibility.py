@@ -122,7 +122,7 @@ def viewed(objective: ArObjective, visibility: Visibility, kind: Kind = "story")
     return batch, [range(a, b) for a, b in zip(starts, (*starts[1:], blocks), strict=True)]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "spans"])
 @pytest.mark.parametrize("visibility", ["clean", *OTHERS])
 def test_a_batch_trains_the_stream_of_its_visibility(codec: Path, visibility: Visibility, backend: str) -> None:
     objective = build(codec, attention_backend=backend)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import Layout, Visibility, dense_mask, flex_mask
+from streamgen.attention import Layout, Visibility, mask_of
 from streamgen.card import SchedulerConfig
 from streamgen.embedded_text import EmbeddedText
 from streamgen.rope import rope_table
@@ -96,7 +96,7 @@ class ArObjective(FlowMatching):
         return View(visibility, lag_blocks=self.config.lag_blocks if visibility == "lagged" else 1)
 
     def tables(self, blocks: int, view: View = CLEAN) -> tuple[tuple[Tensor, Tensor], Any]:
-        """Rotary table and mask (dense, or the block mask of flex) of a clip of `blocks` blocks: of [clean | noisy], or
+        """Rotary table and mask (as the attention backend takes it) of a clip of `blocks` blocks: of [clean | noisy], or
         of the noisy copy for views without a clean one. No mask: all frames see all.
         """
         if (blocks, view) not in self._tables:
@@ -106,10 +106,7 @@ class ArObjective(FlowMatching):
             cos, sin = rope_table(frames, g.grid_height, g.grid_width, c.model.head_dim, c.model.rope_theta)
             mask: Any = None
             if blocks > 1 or len(layout.copies) > 1:
-                if c.attention_backend == "flex":
-                    mask = flex_mask(layout, g.tokens_per_frame, self.device)
-                else:
-                    mask = dense_mask(layout, g.tokens_per_frame).to(self.device)
+                mask = mask_of(layout, g.tokens_per_frame, c.attention_backend, self.device)
             self._tables[blocks, view] = ((cos.to(self.device), sin.to(self.device)), mask)
         return self._tables[blocks, view]
 

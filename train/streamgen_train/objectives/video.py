@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamgen.attention import Layout, check_backend, check_trainable, check_window, dense_mask
+from streamgen.attention import Layout, check_backend, check_trainable, check_window, frame_mask
 from streamgen.card import SchedulerConfig
 from streamgen.codec import SpritesCodec, load_codec
 from streamgen.costs import Work
@@ -68,7 +68,7 @@ class Config:
     word_drop: float = 0.1
     """Share of clips of which each word is left out with probability 0.3."""
     attention_backend: str = "sdpa"
-    """A name of streamgen.attention.BACKENDS: math under compile on a CPU, flex for long clips on a GPU."""
+    """A name of streamgen.attention.BACKENDS: spans under compile on a CPU, flex for long clips on a GPU."""
     init_from: str | None = None
     """Run folder or checkpoint to take the weights from."""
     validation_clips: int = 32
@@ -229,7 +229,7 @@ class VideoObjective(Objective):
         """Passes over clips of so many blocks, under a layout's mask (None: everything sees everything)."""
         g = self.config.geometry
         frames = g.block_start(blocks) * (1 if layout is None else len(layout.copies))
-        pairs = frames**2 if layout is None else int(dense_mask(layout, 1).sum())
+        pairs = frames**2 if layout is None else int(frame_mask(layout).sum())
         return Work(
             what=what,
             passes=passes,
