@@ -1,8 +1,8 @@
 """Attention backends, and the one rule that says who sees whom.
 
 Letters: B batch, N heads, T query tokens, S key tokens, K head width. Masks are bool [T, S], True where a query may
-look, or the same rule as a BlockMask (backend `flex`) or as Spans (backend `spans`). Frames are latent frames; a window counts all visible
-frames: sink, past and what is being denoised.
+look, or the same rule as a BlockMask (backend `flex`) or as Spans (backend `spans`). Frames are latent frames; a window
+counts all visible frames: sink, past and what is being denoised.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _spans(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
     if not isinstance(mask, Spans) or not mask.tokens == q_BNTK.shape[2] == k_BNSK.shape[2]:
         kind = f"spans of {mask.tokens} tokens" if isinstance(mask, Spans) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"backend='spans' got {kind}: it needs those of `span_mask` for {q_BNTK.shape[2]} x {k_BNSK.shape[2]} tokens"
+            f"backend='spans' got {kind}: it needs `span_mask` for {q_BNTK.shape[2]} x {k_BNSK.shape[2]} tokens"
         )
     outs = []
     for (start, stop), keys in mask.seen:
@@ -166,8 +166,8 @@ BACKENDS = {
     ),
     "spans": Backend(
         _spans,
-        "written out, queries that see the same keys with those alone: under teacher forcing a third of the scores; for "
-        "training under torch.compile on a CPU, with masks of `span_mask`",
+        "written out, queries that see the same keys with those alone: under teacher forcing a third of the scores; "
+        "for training under torch.compile on a CPU, with masks of `span_mask`",
     ),
     "flex": Backend(
         _flex,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from streamgen.attention import VISIBILITIES
 from streamgen.cache import POLICIES
 from streamgen.flow import Prediction, step_sigmas
-from streamgen.rollout import MULTISTEP, SAMPLERS
+from streamgen.samplers import MULTISTEP, SAMPLERS
 from streamgen.unipc import unipc_sigmas
 
 IMAGE_PLACES = ("block", "frame")
@@ -36,7 +36,7 @@ class SchedulerConfig:
     lag_blocks: int = 0
     """With `lagged`: blocks by which the finished past is behind."""
     sampler: str = "renoise"
-    """A name of `streamgen.rollout.SAMPLERS` or MULTISTEP."""
+    """A name of `streamgen.samplers.SAMPLERS` or MULTISTEP."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is off, else every pass costs twice."""
     negative_prompt: str = ""

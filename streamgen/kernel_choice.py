@@ -25,7 +25,7 @@ from streamgen.errors import UserError
 from streamgen.ops import BACKENDS, Ops, kernel_cases, kernels_problem, select
 
 OPS = ("auto", *BACKENDS)
-NOT_IN_THE_TABLE = ("quantise_rows", "scaled_product", "sampler_step")
+NOT_IN_THE_TABLE = ("quantise_rows", "scaled_product")
 """Kernels that no entry of the table runs: the name before the comma of a case."""
 log = logging.getLogger("streamgen")
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamgen import noise
+from streamgen import flow, noise
 from streamgen.cache.slots import Turn
 from streamgen.cached_attention import AttendCached, CacheKernels, Projected, by_parts, fused
 from streamgen.errors import UserError
@@ -98,6 +98,24 @@ def cell_noise(seeds: Sequence[int], block: int, step: int, shape: tuple[int, ..
     return torch.stack([noise.cell_noise(seed, block, step, shape, device=device) for seed in seeds])
 
 
+def renoise_step(
+    out_BFCHW: Tensor,
+    latents_BFCHW: Tensor,
+    sigma: float,
+    sigma_next: float,
+    prediction: flow.Prediction,
+    seeds: Sequence[int],
+    block: int,
+    step: int,
+) -> Tensor:
+    """The model's output for latents at level `sigma` -> latents at `sigma_next`, with the noise of the cells
+    (seed, block, step) of the rows.
+    """
+    x0 = flow.to_x0(out_BFCHW, latents_BFCHW, sigma, prediction)
+    eps = cell_noise(seeds, block, step, tuple(latents_BFCHW.shape[1:]), latents_BFCHW.device)
+    return flow.renoise(x0, eps, sigma_next)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
     """One function per operation; equal signatures in every backend."""
@@ -112,6 +130,9 @@ class Ops:
     turn_keys: Turn = turn_keys
     gelu_tanh: Callable[[Tensor], Tensor] = gelu_tanh
     cell_noise: Callable[[Sequence[int], int, int, tuple[int, ...], torch.device], Tensor] = cell_noise
+    renoise_step: Callable[[Tensor, Tensor, float, float, flow.Prediction, Sequence[int], int, int], Tensor] = (
+        renoise_step
+    )
 
     def active(self) -> dict[str, str]:
         """What runs: {operation: module that implements it}."""
@@ -151,6 +172,7 @@ def _triton() -> Ops:
     from streamgen_kernels.norm_modulate import norm_modulate
     from streamgen_kernels.norm_rope import norm_rope
     from streamgen_kernels.norm_rope_store import norm_rope_store
+    from streamgen_kernels.renoise import renoise_streams
     from streamgen_kernels.ring_rope import ring_rope
 
     kernels = CacheKernels(norm_rope=norm_rope, store=norm_rope_store, ring_attention=ring_attention, turn=ring_rope)
@@ -165,6 +187,7 @@ def _triton() -> Ops:
         turn_keys=ring_rope,
         gelu_tanh=gelu_tanh,
         cell_noise=noise_of_streams,
+        renoise_step=renoise_streams,
     )
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from streamgen.flow import timestep_of, to_x0
-from streamgen.rollout import SAMPLERS, Sampling, StreamState, commit_block
+from streamgen.rollout import Sampling, StreamState, commit_block
+from streamgen.samplers import SAMPLERS
 from streamgen.transformer import CausalWanModel, TextContext
 
 TextOfBlock = Callable[[int], TextContext]

@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from streamgen.cache import BlockCache, KVCache, RowsCache
 from streamgen.codec import CodecState
-from streamgen.flow import Prediction, add_noise, euler_step, guided, renoise, timestep_of, to_flow, to_x0
+from streamgen.flow import Prediction, add_noise, guided, timestep_of, to_x0
 from streamgen.geometry import VideoGeometry
 from streamgen.ops import Ops, select
+from streamgen.samplers import MULTISTEP, SAMPLERS
 from streamgen.timeline import PromptTimeline
 from streamgen.transformer import CausalWanModel, TextContext
-from streamgen.unipc import Visited, unipc_step
+from streamgen.unipc import Visited
 
 
 class Cancelled(Exception):
@@ -86,17 +87,14 @@ class StreamState:
         return self.ops.cell_noise(self.seeds, block, step, shape, self.cache.k.device)
 
 
-def _renoise(x_t: Tensor, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor) -> Tensor:
-    return renoise(x0, eps, sigma_next)
-
-
-def _euler(x_t: Tensor, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor) -> Tensor:
-    return euler_step(x_t, to_flow(x0, x_t, sigma, "x0"), sigma, sigma_next)
-
-
-SAMPLERS = {"renoise": _renoise, "euler": _euler}
-MULTISTEP = {"unipc": unipc_step}
-"""Samplers that look back at the block's earlier steps; they run block after block only."""
+def next_level(state: StreamState, x_t: Tensor, out: Tensor, sampling: Sampling, step: int, block: int) -> Tensor:
+    """The input of the step after `step`, by a sampler of SAMPLERS, from the model's output for x_t."""
+    sigma, sigma_next = sampling.sigmas[step : step + 2]
+    if sampling.sampler == "renoise" and state.noise_source is None:  # one operation, noise and all
+        levels = sigma, sigma_next, sampling.prediction
+        return state.ops.renoise_step(out, x_t, *levels, state.seeds, block, step + 1)
+    x0 = to_x0(out, x_t, sigma, sampling.prediction)
+    return SAMPLERS[sampling.sampler](x_t, x0, sigma, sigma_next, state.noise(step + 1, block))
 
 
 class Pass(NamedTuple):
@@ -205,23 +203,25 @@ class BlockRun:
             if sampling.guidance != 1:
                 with_prompt, without = out.chunk(2)
                 out = guided(without, with_prompt, sampling.guidance)
-            x0 = _with_given(state, to_x0(out, x_t, asked.sigma, sampling.prediction))
             if self.step < self.last:
-                self._advance(x_t, x0, asked.sigma)
+                self._advance(x_t, out, asked.sigma)
                 return
+            x0 = _with_given(state, to_x0(out, x_t, asked.sigma, sampling.prediction))
             if not bool(torch.isfinite(x0).all()):
                 raise FloatingPointError(f"block {state.position}: the denoised latents are not finite")
             self.latents, self.kind = x0, "commit"
 
-    def _advance(self, x_t: Tensor, x0: Tensor, sigma: float) -> None:
+    def _advance(self, x_t: Tensor, out: Tensor, sigma: float) -> None:
         """To the next step."""
-        sampler, sigma_next = self.sampling.sampler, self.sampling.sigmas[self.step + 1]
-        if sampler in MULTISTEP:
-            x_next, visited = MULTISTEP[sampler](x_t, x0, sigma, sigma_next, self._past)
+        state, sampling = self.state, self.sampling
+        if sampling.sampler in MULTISTEP:
+            x0 = _with_given(state, to_x0(out, x_t, sigma, sampling.prediction))
+            sigma_next = sampling.sigmas[self.step + 1]
+            x_next, visited = MULTISTEP[sampling.sampler](x_t, x0, sigma, sigma_next, self._past)
             self._past = (*self._past[-1:], visited)
         else:
-            x_next = SAMPLERS[sampler](x_t, x0, sigma, sigma_next, self.state.noise(self.step + 1))
-        self._x_t = _with_given(self.state, x_next)
+            x_next = next_level(state, x_t, out, sampling, self.step, state.position)
+        self._x_t = _with_given(state, x_next)
         self.step += 1
 
     def _rows(self, latents_BFCHW: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from streamgen.cache.slots import Slots, Turn, turn
 from streamgen.rope import apply_rope, rope_table
+from streamgen.transfers import to_device
 
 if TYPE_CHECKING:
     from streamgen.geometry import VideoGeometry
@@ -214,7 +215,7 @@ class KVCache:
         key = tuple(positions)
         if self._table is None or self._table[0] != key:
             cos, sin = rope_table(
-                torch.tensor(key, dtype=torch.float64, device=self.k.device),
+                to_device(key, torch.float64, self.k.device),
                 self.spec.grid_height,
                 self.spec.grid_width,
                 self.spec.head_dim,
@@ -340,7 +341,7 @@ class BlockCache:
     def places(self) -> Tensor:
         """int32 [B, T]: the slot of each of the block's tokens, on the cache's device."""
         k, tokens = self.cache.k, self.cache.spec.tokens_per_frame
-        first_F = torch.tensor(self._slots[1], dtype=torch.int32, device=k.device) * tokens
+        first_F = to_device(self._slots[1], torch.int32, k.device) * tokens
         places_T = (first_F[:, None] + torch.arange(tokens, dtype=torch.int32, device=k.device)).flatten()
         return places_T.expand(k.shape[1], -1).contiguous()
 

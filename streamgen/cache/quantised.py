@@ -19,6 +19,7 @@ from torch import Tensor
 from streamgen.cache.kv import BlockCache, CacheSpec, KVCache
 from streamgen.cache.slots import Codes, Slots, Turn, turn
 from streamgen.rope import apply_rope
+from streamgen.transfers import to_device
 
 SCALE_DTYPE = torch.float16
 TINY = 2.0**-14
@@ -134,7 +135,7 @@ class QuantisedBlockCache(BlockCache):
         """Tokens of the past, int32 [B], and the slots of its frames, int32 [B, window]; beyond them zeros."""
         spec, (batch, device) = self.cache.spec, (self.cache.k.shape[1], self.cache.k.device)
         context = self._slots[0]
-        pages_P = torch.tensor([*context, *[0] * (spec.window_frames - len(context))], dtype=torch.int32, device=device)
+        pages_P = to_device([*context, *[0] * (spec.window_frames - len(context))], torch.int32, device)
         lengths_B = torch.full((batch,), len(context) * spec.tokens_per_frame, dtype=torch.int32, device=device)
         return lengths_B, pages_P.expand(batch, -1).contiguous()
 

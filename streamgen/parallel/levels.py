@@ -22,7 +22,7 @@ from torch import Tensor
 from streamgen.cache import BlockCache, KVCache
 from streamgen.flow import to_x0
 from streamgen.geometry import VideoGeometry
-from streamgen.rollout import SAMPLERS, Pass, Sampling, StreamState, run_passes
+from streamgen.rollout import Pass, Sampling, StreamState, next_level, run_passes
 from streamgen.transformer import CausalWanModel, TextContext
 
 
@@ -169,11 +169,9 @@ def open_cell(state: StreamState, block: int) -> BlockCache:
 
 def after_cell(state: StreamState, block: int, step: int, x_t: Tensor, output: Tensor, sampling: Sampling) -> Tensor:
     """The input of the next step, or the clean latents; FloatingPointError if those are not finite."""
-    sigma = sampling.sigmas[step]
-    x0 = to_x0(output, x_t, sigma, sampling.prediction)
     if step + 1 < len(sampling.sigmas):
-        eps = state.noise(step + 1, block)
-        return SAMPLERS[sampling.sampler](x_t, x0, sigma, sampling.sigmas[step + 1], eps)
+        return next_level(state, x_t, output, sampling, step, block)
+    x0 = to_x0(output, x_t, sampling.sigmas[step], sampling.prediction)
     if not bool(torch.isfinite(x0).all()):
         raise FloatingPointError(f"block {block}: the denoised latents are not finite")
     return x0

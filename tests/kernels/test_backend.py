@@ -151,7 +151,9 @@ OPERATORS = {
     "gelu_tanh": lambda r: (r(2, 5),),
     "quantise_rows": lambda r: (r(3, 4, 8), torch.int8),
     "cell_noise": lambda r: (torch.zeros(2, 4, dtype=torch.int64, device=r(1).device), 7),
-    "sampler_step": lambda r: (r(1, 2, 4, 12), r(1, 2, 3, 4, 4), r(1, 2), None, None, 2, 2, True),
+    "renoise": lambda r: (
+        r(1, 2, 3, 4, 4), r(1, 2, 3, 4, 4), torch.zeros(1, 4, dtype=torch.int64, device=r(1).device), 0.9, 0.5, True,
+    ),
     "ring_attention": lambda r: (
         r(1, 2, 5, 8), r(1, 2, 6, 8), r(1, 2, 6, 8), torch.ones(1, dtype=torch.int32, device=r(1).device),
         None, 1, None, None, None, None,

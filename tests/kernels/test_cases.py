@@ -28,7 +28,7 @@ NAMES = (
     "quantise_rows, float8_e4m3fn",
     "scaled_product, float8_e4m3fn",
     "cell_noise",
-    "sampler_step",
+    "renoise",
 )
 
 

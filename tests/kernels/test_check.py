@@ -34,7 +34,7 @@ def test_doctor_checks_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     found = {check["name"]: check for check in values["checks"]}
     assert values["ok"] and {check["level"] for check in found.values()} == {"ok"}
     assert {"norm_rope_store, int8", "ring_attention", "cell_noise", "attention triton", "attention sdpa"} <= set(found)
-    assert "float32 differs by" in found["sampler_step"]["found"]
+    assert "float32 differs by" in found["renoise"]["found"]
     assert "operations: streamgen.ops; attention: auto" in found["runs"]["found"]
 
 
