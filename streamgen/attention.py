@@ -1,17 +1,15 @@
-"""Attention backends, and the one rule that says who sees whom.
+"""Attention backends: one table of ways to compute softmax(q k^T / sqrt(K)) v, with what each is for.
 
-Letters: B batch, N heads, T query tokens, S key tokens, K head width. Masks are bool [T, S], True where a query may
-look, or the same rule as a BlockMask (backend `flex`) or as Spans (backend `spans`). Frames are latent frames; a window
-counts all visible frames: sink, past and what is being denoised.
+Letters: B batch, N heads, T query tokens, S key tokens, K head width. Masks are those of `streamgen.visibility`: bool
+[T, S], True where a query may look, or the same rule as a BlockMask (backend `flex`) or as Spans (backend `spans`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from streamgen.errors import UserError
 from streamgen.linear import attend_by_heads, attends_by_heads
+from streamgen.visibility import Spans
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -33,19 +32,6 @@ def _math(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) -
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ v_BNSK
-
-
-Span = tuple[int, int]
-"""From a token to before another."""
-
-
-class Spans(NamedTuple):
-    """A mask without a mask: queries that see the same keys, and the keys that they see (`span_mask`)."""
-
-    tokens: int
-    """Of the sequence, queries and keys alike."""
-    seen: tuple[tuple[Span, tuple[Span, ...]], ...]
-    """The queries from the first token to the last, each group with its keys in order."""
 
 
 def _spans(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
@@ -120,8 +106,7 @@ def _triton_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _triton(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
-    if mask is not None:
-        raise ValueError("backend='triton' got a mask: it is for cached streaming and text, where all keys are seen")
+    _refuse_mask("triton", mask)
     return _triton_kernel()(q_BNTK, k_BNSK, v_BNSK)
 
 
@@ -138,12 +123,51 @@ def _cudnn(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Tensor | None) 
         return _sdpa(q_BNTK, k_BNSK, v_BNSK, mask)
 
 
+def _xformers(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    _refuse_mask("xformers", mask)
+    out_BTNK: Tensor = memory_efficient_attention(*(x.transpose(1, 2) for x in (q_BNTK, k_BNSK, v_BNSK)))
+    return out_BTNK.transpose(1, 2)
+
+
+def _flash3(q_BNTK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    _refuse_mask("flash3", mask)
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q_BNTK, k_BNSK, v_BNSK)))
+    out_BTNK: Tensor = out[0] if isinstance(out, tuple) else out  # its first versions also gave the log-sum-exp
+    return out_BTNK.transpose(1, 2)
+
+
+def _refuse_mask(name: str, mask: Any) -> None:
+    if mask is not None:
+        raise ValueError(f"backend={name!r} got a mask: it is for cached streaming and text, where all keys are seen")
+
+
 class Backend(NamedTuple):
     """One way to compute softmax(q k^T / sqrt(K)) v."""
 
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
     limits: str
     """What it is for and what it costs."""
+    package: str = ""
+    """What must be installed for it, by the name that is imported."""
+    cuda: bool = False
+    """It runs on CUDA devices alone."""
+    masks: bool = True
+    """It takes masks, and so may train."""
+    float32: bool = True
+
+    def problem(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot run on a device in a dtype, "" if it can."""
+        if self.cuda and device.type != "cuda":
+            return "it needs a CUDA device"
+        if self.package and find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if not self.float32 and dtype == torch.float32:
+            return "it is made for bfloat16 and float16"
+        return ""
 
 
 BACKENDS = {
@@ -178,6 +202,23 @@ BACKENDS = {
         _triton,
         "our kernel (`streamgen_kernels.attention`): reads views of the ring in place; needs a CUDA device and triton, "
         "takes no mask and has no backward",
+        package="triton",
+        masks=False,
+    ),
+    "xformers": Backend(
+        _xformers,
+        "xformers' memory-efficient attention, for GPUs that torch's flash attention leaves out; takes no mask here",
+        package="xformers",
+        cuda=True,
+        masks=False,
+    ),
+    "flash3": Backend(
+        _flash3,
+        "FlashAttention 3 (package flash_attn_interface), written for Hopper; bf16 and fp16, takes no mask here",
+        package="flash_attn_interface",
+        cuda=True,
+        masks=False,
+        float32=False,
     ),
 }
 
@@ -202,202 +243,8 @@ def check_backend(backend: str) -> None:
 
 def check_trainable(backend: str, device: torch.device) -> None:
     """UserError for a backend that has no backward on a device."""
-    if backend == "triton":
-        raise UserError("attention_backend=triton has no backward; train with sdpa, math, spans or flex")
+    if not BACKENDS[backend].masks:
+        what = "has no backward" if backend == "triton" else "takes no mask"
+        raise UserError(f"attention_backend={backend} {what}; train with sdpa, math, spans or flex")
     if backend == "flex" and device.type == "cpu":
         raise UserError("attention_backend=flex has no backward on a CPU; train with sdpa, math or spans there")
-
-
-# Who sees whom.
-
-Visibility = Literal["clean", "same_level", "latest", "lagged", "joint"]
-"""Which version of earlier blocks a block sees while it is denoised.
-
-clean: finished (Self-Forcing, CausVid). same_level: as they were at its own noise level (StreamDiffusion 2, Live
-Avatar). latest: at whatever level they have reached (diffusion forcing, MAGI-1). lagged: finished from a few blocks
-back, at its own level between. joint: finished before a window of blocks of rising noise that see each other
-(Rolling Forcing, StreamDiT).
-"""
-VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
-
-
-class Place(NamedTuple):
-    """Where tokens stand; the fields broadcast. Frames and blocks are counted from the start of the clip."""
-
-    frame: Tensor
-    block: Tensor
-    unit: Tensor
-    """First block of what is denoised together with the token: its own block, or that of its joint window."""
-    stop: Tensor
-    """Frame at which the unit ends."""
-    clean: Tensor
-    """Of the clean copy (else of the noisy one)."""
-
-
-def visible(
-    q: Place,
-    k: Place,
-    window_frames: int | None,
-    sink_frames: int,
-    lag_blocks: int | Tensor = 1,
-) -> Tensor:
-    """May a query look at a key?
-
-    Own unit: always and in both directions, within the same copy (clean with clean, noisy with noisy).
-    Past blocks: each in one version. Clean queries see clean keys. Noisy ones see the clean copy of blocks that are
-    `lag_blocks` or more before their unit, and the noisy copy of those between: a lag of 1 is clean context, one of
-    all blocks is noisy context alone.
-    Of the past only the sink (never evicted) and the last window - sink frames, the own unit included: exactly what
-    the ring cache holds while this unit is made.
-    """
-    own = (k.unit == q.unit) & (k.clean == q.clean)
-    past = (k.block < q.unit) & (k.clean == (q.clean | (k.block <= q.unit - lag_blocks)))
-    if window_frames is None:
-        return own | past
-    kept = (k.frame < sink_frames) | (k.frame >= q.stop - (window_frames - sink_frames))
-    return own | (past & kept)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """A training sequence: the copies of a clip that it joins along time, and what each block sees."""
-
-    block_frames: tuple[int, ...]
-    """Latent frames of each block."""
-    copies: tuple[bool, ...]
-    """Which copies there are, in order: True is the clean one, False the noisy one."""
-    window_starts: tuple[int, ...] = ()
-    """First blocks of the noisy copy's joint windows, 0 among them; none: every block is denoised for itself."""
-    lag_blocks: int = 1
-    """How far the clean past is behind (see `visible`); of a noisy copy alone all of the past is noisy."""
-    window_frames: int | None = None
-    sink_frames: int = 0
-
-    def __post_init__(self) -> None:
-        starts, blocks = self.window_starts, len(self.block_frames)
-        if starts and (starts[0] != 0 or list(starts) != sorted(set(starts)) or starts[-1] >= blocks):
-            raise ValueError(f"window_starts={starts}: must rise from 0 within {blocks} blocks")
-        if self.lag_blocks < 1:
-            raise ValueError(f"lag_blocks={self.lag_blocks}: must be at least 1")
-        check_window(self.window_frames, self.sink_frames, max(max(self._unit_frames(c)) for c in self.copies))
-
-    @property
-    def lag(self) -> int:
-        """`lag_blocks`, or all blocks when there is no clean copy."""
-        return self.lag_blocks if True in self.copies else len(self.block_frames)
-
-    def place(self) -> Place:
-        """Of every frame of the sequence; each field is [frames of all copies]."""
-        sizes = torch.tensor(self.block_frames)
-        ends, block = sizes.cumsum(0), torch.repeat_interleave(sizes)
-        parts = []
-        for clean in self.copies:
-            units = self._units(clean)
-            unit = torch.tensor([start for start, stop in units for _ in range(start, stop)])[block]
-            stop = torch.tensor([int(ends[stop - 1]) for start, stop in units for _ in range(start, stop)])[block]
-            parts.append(Place(torch.arange(len(block)), block, unit, stop, torch.full(block.shape, clean)))
-        return Place(*(torch.cat(field) for field in zip(*parts, strict=True)))
-
-    def _units(self, clean: bool) -> list[tuple[int, int]]:
-        """(first block, block after the last) of what is denoised together."""
-        blocks = len(self.block_frames)
-        starts = range(blocks) if clean or not self.window_starts else self.window_starts
-        return list(pairwise([*starts, blocks]))
-
-    def _unit_frames(self, clean: bool) -> list[int]:
-        return [sum(self.block_frames[start:stop]) for start, stop in self._units(clean)]
-
-
-def check_window(window_frames: int | None, sink_frames: int, unit_frames: int) -> None:
-    """ValueError unless a window holds its sink and what is denoised together."""
-    if window_frames is not None and window_frames < sink_frames + unit_frames:
-        raise ValueError(
-            f"window_frames={window_frames}: must be at least {sink_frames + unit_frames}, to hold the sink "
-            f"({sink_frames}) and what is denoised together ({unit_frames} frames)"
-        )
-
-
-def mask_of(layout: Layout, tokens_per_frame: int, backend: str, device: torch.device) -> Tensor | BlockMask | Spans:
-    """The mask of a sequence as a backend takes it."""
-    if backend == "flex":
-        return flex_mask(layout, tokens_per_frame, device)
-    if backend == "spans":
-        return span_mask(layout, tokens_per_frame)
-    return dense_mask(layout, tokens_per_frame).to(device)
-
-
-def frame_mask(layout: Layout) -> Tensor:
-    """Bool [F, F] of the frames of a sequence."""
-    place = layout.place()
-    q = Place(*(field[:, None] for field in place))
-    return visible(q, place, layout.window_frames, layout.sink_frames, layout.lag)
-
-
-def span_mask(layout: Layout, tokens_per_frame: int) -> Spans:
-    """The same for the backend `spans`."""
-    frames_FF = frame_mask(layout)
-    rows = [tuple(row) for row in frames_FF.tolist()]
-
-    def runs(values: Sequence[Any]) -> list[Span]:
-        """Where neighbours are equal, in tokens."""
-        starts = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
-        return [(a * tokens_per_frame, b * tokens_per_frame) for a, b in pairwise(starts)]
-
-    def keys(row: Sequence[bool]) -> tuple[Span, ...]:
-        return tuple(run for run in runs(row) if row[run[0] // tokens_per_frame])
-
-    seen = tuple((run, keys(rows[run[0] // tokens_per_frame])) for run in runs(rows))
-    return Spans(len(rows) * tokens_per_frame, seen)
-
-
-def dense_mask(layout: Layout, tokens_per_frame: int) -> Tensor:
-    """Bool [T, T] of a sequence, for the backends `sdpa` and `math`."""
-    frames_FF = frame_mask(layout)
-    return frames_FF.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
-
-
-def flex_mask(layout: Layout, tokens_per_frame: int, device: torch.device | str = "cpu") -> BlockMask:
-    """The same as a BlockMask for the backend `flex`; it fits sequences of this length alone, and any batch."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    place = Place(*(field.to(device) for field in layout.place()))
-
-    def rule(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
-        q = Place(*(field[q_token // tokens_per_frame] for field in place))
-        k = Place(*(field[k_token // tokens_per_frame] for field in place))
-        return visible(q, k, layout.window_frames, layout.sink_frames, layout.lag)
-
-    tokens = len(place.frame) * tokens_per_frame
-    compiled = torch.device(device).type != "cpu"  # else [T, T] integers are held while it is made
-    return create_block_mask(rule, None, None, tokens, tokens, device=str(device), _compile=compiled)
-
-
-def block_causal_mask(
-    block_frames: Sequence[int],
-    tokens_per_frame: int,
-    *,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
-) -> Tensor:
-    """Bool [T, T] for a clean video of blocks of the given sizes: what cached streaming computes, in one forward."""
-    layout = Layout(
-        block_frames=tuple(block_frames), copies=(True,), window_frames=window_frames, sink_frames=sink_frames
-    )
-    return dense_mask(layout, tokens_per_frame)
-
-
-def teacher_forcing_mask(
-    block_frames: Sequence[int],
-    tokens_per_frame: int,
-    *,
-    window_frames: int | None = None,
-    sink_frames: int = 0,
-) -> Tensor:
-    """Bool [2T, 2T] for [clean | noisy] copies of one video joined along time; both halves have the same positions.
-
-    Clean block b sees clean blocks up to b, noisy block b sees clean blocks before b and itself, within the window.
-    """
-    layout = Layout(
-        block_frames=tuple(block_frames), copies=(True, False), window_frames=window_frames, sink_frames=sink_frames
-    )
-    return dense_mask(layout, tokens_per_frame)

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamgen.attention import VISIBILITIES
 from streamgen.cache import POLICIES
 from streamgen.flow import Prediction, step_sigmas
 from streamgen.samplers import MULTISTEP, SAMPLERS
 from streamgen.unipc import unipc_sigmas
+from streamgen.visibility import VISIBILITIES
 
 IMAGE_PLACES = ("block", "frame")
 LEVEL_TOLERANCE = 0.01

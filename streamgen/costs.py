@@ -14,7 +14,7 @@ from streamgen.transformer import TransformerConfig
 TRAINED = 3.0
 """A forward and a backward pass cost three forward passes (the backward makes two products for each of the forward)."""
 RECOMPUTED = 4.0
-"""The same with activation checkpointing, which runs the forward pass twice."""
+"""The same with activation checkpointing of all layers, which runs the forward pass twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +98,22 @@ def cache_bytes(config: TransformerConfig, tokens: int, bytes_per_value: int = 2
     return 2 * config.num_layers * tokens * config.dim * bytes_per_value
 
 
-def activation_bytes(config: TransformerConfig, tokens: int, *, checkpointed: bool, bytes_per_value: int = 2) -> int:
-    """What backward needs of a pass over `tokens`, about.
+def trained_factor(config: TransformerConfig, recomputed_layers: int) -> float:
+    """Forward passes that a trained pass stands for: TRAINED, up to RECOMPUTED with all layers recomputed."""
+    return TRAINED + (RECOMPUTED - TRAINED) * recomputed_layers / config.num_layers
 
-    Without checkpointing a layer keeps its input, two modulated norms, q, k, v and their normed copies, the attention's
-    output, the cross-attention's query and output, and two tensors of the feed-forward's width. With it, its input,
-    and one layer's worth of the rest at a time.
+
+def activation_bytes(
+    config: TransformerConfig, tokens: int, *, recomputed_layers: int = 0, bytes_per_value: int = 2
+) -> int:
+    """What backward needs of a pass over `tokens`, about; scores of an attention that holds them come besides.
+
+    A layer keeps its input, two modulated norms, q, k, v and their normed copies, the attention's output, the
+    cross-attention's query and output, and two tensors of the feed-forward's width. A recomputed one (the first are)
+    keeps its input, and has the rest when the backward is there, after the other layers have let go of theirs.
     """
-    layer = 14 * config.dim + 2 * config.ffn_dim
-    kept = config.num_layers * config.dim + layer if checkpointed else config.num_layers * layer
+    layer, kept_layers = 14 * config.dim + 2 * config.ffn_dim, config.num_layers - recomputed_layers
+    kept = recomputed_layers * config.dim + layer * max(kept_layers, 1)
     return tokens * kept * bytes_per_value
 
 

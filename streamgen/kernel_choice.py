@@ -8,10 +8,8 @@ device, those versions and those sources.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import re
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,13 +18,16 @@ from pathlib import Path
 import torch
 
 from streamgen import __version__
-from streamgen.checkpoints.places import cache_dir
 from streamgen.errors import UserError
-from streamgen.ops import BACKENDS, Ops, kernel_cases, kernels_problem, select
+from streamgen.findings import device_name, read_found, write_found
+from streamgen.ops import BACKENDS, Ops, kernel_cases, kernel_linear, kernels_problem, select
+from streamgen.quantised_linear import Float8Product
 
 OPS = ("auto", *BACKENDS)
 NOT_IN_THE_TABLE = ("quantise_rows", "scaled_product")
 """Kernels that no entry of the table runs: the name before the comma of a case."""
+FLOAT8 = tuple(f"{name}, float8_e4m3fn" for name in NOT_IN_THE_TABLE)
+"""The cases of those that weights in float8 run."""
 log = logging.getLogger("streamgen")
 
 
@@ -49,35 +50,48 @@ def ops_for(name: str, device: torch.device) -> Ops:
     return select("reference" if why else "triton")
 
 
-def untrusted(device: torch.device) -> str:
-    """Why the kernels are not to be used on a device, "" if each is right there. Found once, then read from disk."""
+def float8_product(table: Ops, device: torch.device) -> Float8Product | None:
+    """What multiplies weights in float8 for a model with this table: the kernels beside the table's, if they are right
+    there; else None, which is float32, and one line of the log. UserError where there is no float8 at all.
+    """
+    if device.type == "mps":
+        raise UserError("weights_dtype fp8: mps has no float8; take int8")
+    why = "plain torch operations" if table.backend == "reference" else ""
+    if not why and device.type == "cuda":
+        why = untrusted(device, float8=True)
+    if why:
+        _say_once(f"weights in float8 are multiplied in float32 on {device} ({why}): that saves memory, not time")
+    return None if why else kernel_linear()[1]
+
+
+def untrusted(device: torch.device, *, float8: bool = False) -> str:
+    """Why the kernels (of the table, or of products of float8) are not to be used on a device, "" if each is right.
+    Found once, then read from disk.
+    """
     if problem := kernels_problem():
         return problem
-    identity = {**_versions(), "device": _device_name(device)}
-    file = cache_dir("kernels") / (re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(identity.values())) + ".json")
-    known = _read(file, identity)
+    identity = {**_versions(), "device": device_name(device)}
+    kind = "float8" if float8 else "kernels"
+    known = read_found(kind, identity)
     if known is None:
         log.info("checking the kernels on %s: once for this device and these versions", identity["device"])
-        known = _failures(device)
-        _write(file, {**identity, "failures": known})
+        known = _failures(device, float8)
+        write_found(kind, identity, known)
     return "; ".join(f"the kernel {name} is not right here ({found})" for name, found in known.items())
 
 
-def _failures(device: torch.device) -> dict[str, str]:
+def _failures(device: torch.device, float8: bool) -> dict[str, str]:
     """Kernel and dtype -> how it is wrong, of those that are."""
     found = {}
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
         for case in kernel_cases(device, dtype):
-            if case.name.split(",")[0] in NOT_IN_THE_TABLE:
+            in_table = case.name.split(",")[0] not in NOT_IN_THE_TABLE
+            if not (case.name in FLOAT8 if float8 else in_table):
                 continue
             right, line = case.check()
             if not right:
                 found[f"{case.name} in {str(dtype).removeprefix('torch.')}"] = line
     return found
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache
@@ -96,26 +110,6 @@ def _sources_hash() -> str:
     assert spec is not None and spec.origin is not None, "a package of ours"
     files = sorted(Path(spec.origin).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
-
-def _read(file: Path, identity: dict[str, str]) -> dict[str, str] | None:
-    """The failures that were found, None where nothing (readable) was."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    same = isinstance(values, dict) and all(values.get(name) == value for name, value in identity.items())
-    return values["failures"] if same and isinstance(values.get("failures"), dict) else None
-
-
-def _write(file: Path, values: dict[str, object]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1))
-        temporary.replace(file)
-    except OSError as error:
-        log.warning("what was found about the kernels cannot be kept (%s): they are checked at every start", error)
 
 
 @cache

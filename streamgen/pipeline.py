@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from streamgen.adapters import Adapters
+from streamgen.attention_choice import attention_for, check_attention, streamed_shape
 from streamgen.cache import CacheSpec, KVCache, QuantisedKVCache
 from streamgen.cache import policy as cache_policy
 from streamgen.capture import Captures
@@ -30,7 +31,7 @@ from streamgen.errors import UserError
 from streamgen.frames import FrameMaker
 from streamgen.geometry import VideoGeometry
 from streamgen.images import image_geometry, image_latents
-from streamgen.kernel_choice import ops_for
+from streamgen.kernel_choice import float8_product, ops_for
 from streamgen.ops import Ops
 from streamgen.quantised_linear import WEIGHTS_DTYPES, quantise_weights
 from streamgen.resources import model_path
@@ -110,13 +111,15 @@ class StreamPipeline:
         dtype: str = "auto",
         threads: int | None = None,
         ops: str = "auto",
+        attention: str = "auto",
         weights_dtype: str | None = None,
     ) -> StreamPipeline:
         """Load a shipped model by name, a model folder, or a Wan checkpoint, file or folder, as it is.
 
         dtype "auto" takes what runs faster here (`probe_dtype`). ops: reference or triton; "auto" takes the kernels on
-        a GPU, once they have proven right there (`streamgen.kernel_choice`). weights_dtype: int8 keeps the weights of
-        the transformer's layers in one byte (`streamgen.quantised_linear`).
+        a GPU, once they have proven right there (`streamgen.kernel_choice`). attention: a name of
+        `streamgen.attention.BACKENDS`; "auto" takes the fastest right one (`streamgen.attention_choice`).
+        weights_dtype: int8 and fp8 keep the transformer's in one byte (`streamgen.quantised_linear`), fp8 is for GPUs.
         """
         if threads is not None:
             if not 1 <= threads <= 1024:
@@ -129,13 +132,14 @@ class StreamPipeline:
         if weights_dtype not in (None, *WEIGHTS_DTYPES):
             raise UserError(f"unknown weights_dtype {weights_dtype!r}; there are: {', '.join(WEIGHTS_DTYPES)}")
         cast = DTYPES[probe_dtype(where.type) if dtype == "auto" else dtype]
+        check_attention(attention, where, cast)
         from streamgen.checkpoints.loading import foreign_parts, pipeline_parts  # it knows this module
 
         foreign = foreign_parts(name_or_path)
         if foreign is not None:
             with user_errors(str(name_or_path)):
                 pipe = cls(**pipeline_parts(foreign, where, cast), folder=foreign.folder)
-                return pipe._ready(table, weights_dtype)
+                return pipe._ready(table, attention, weights_dtype)
         folder = model_path(name_or_path)
         index = read_json(folder / "model_index.json")
         geometry = build_config(VideoGeometry, index.get("geometry", {}), f"{folder} geometry")
@@ -147,15 +151,18 @@ class StreamPipeline:
         }
         with user_errors(str(folder)):
             pipe = cls(**parts, geometry=geometry, scheduler=scheduler, folder=folder)
-        return pipe._ready(table, weights_dtype)
+        return pipe._ready(table, attention, weights_dtype)
 
-    def _ready(self, table: Ops, weights_dtype: str | None) -> StreamPipeline:
+    def _ready(self, table: Ops, attention: str, weights_dtype: str | None) -> StreamPipeline:
         """Itself, with these operations (on a GPU recorded: `streamgen.capture`), its weights as they will be kept."""
         self.transformer.ops = table
+        shape = streamed_shape(self.transformer.config, self.geometry, self.scheduler.window_frames, self.dtype)
+        self.transformer.attention_backend = attention_for(attention, self.device, shape)
         if table.places_keys and self.device.type == "cuda":
             self.transformer.captures = Captures()
         if weights_dtype is not None:
-            quantise_weights(self.transformer, weights_dtype)
+            product = float8_product(table, self.device) if weights_dtype == "fp8" else None
+            quantise_weights(self.transformer, weights_dtype, product)
             self.weights_dtype = weights_dtype
         return self
 

@@ -1,19 +1,23 @@
-"""Weights in one byte: the products of a block's layers by integers, W8A8 (LLM.int8(), arXiv 2208.07339, without its
+"""Weights in one byte: the products of a block's layers by codes, W8A8 (LLM.int8(), arXiv 2208.07339, without its
 outlier columns; a scale for each row of x and of the weight, as ZeroQuant's token-wise scheme, arXiv 2206.01861).
 
-wq = round(w / sw), sw = max |w| / 127 of its row; x likewise while it passes; y = (xq wq^T) sx sw + b. The sums are
-whole numbers, so a row of y depends on no other row and streams that share a forward are as they were alone.
+wq = w / sw, sw = max |w| / the largest code of its row; x likewise while it passes; y = (xq wq^T) sx sw + b. Codes are
+int8, rounded to whole numbers, or float8 e4m3 (FP8 formats for deep learning, arXiv 2209.05433). Sums of int8 are whole
+numbers, so a row of y depends on no other row and streams that share a forward are as they were alone.
+Embeddings and the modulation of time see a row or a few: there the weights alone are bytes, int8 in either case.
 Letters: M rows, K inputs, N outputs.
 
-Two thirds of a percent of each operand's size are lost, and half of the weights' memory against bf16, and so of the
-bytes that a product of few rows moves. On a CPU that multiplies bytes (AVX-512 VNNI, AMX) it is also the fastest way:
-one thread of a Zen 5, 192 x 320 x 1280, ms: fp32 0.65, bf16 0.35, this 0.31 of which the product 0.18. Weights alone
-in bytes, brought back to bf16 for each product, take 0.44; torch's `_weight_int8pack_mm` 1.31; oneDNN's quantised
-linear with packed weights 0.29 and twice the memory.
+In int8 two thirds of a percent of each operand's size are lost, in float8 two to three percent; and half of the
+weights' memory against bf16, and so of the bytes that a product of few rows moves. On a CPU that multiplies bytes
+(AVX-512 VNNI, AMX) int8 is also the fastest way: one thread of a Zen 5, 192 x 320 x 1280, ms: fp32 0.65, bf16 0.35,
+int8 0.31 of which the product 0.18. Weights alone in bytes, brought back to bf16 for each product, take 0.44; torch's
+`_weight_int8pack_mm` 1.31; oneDNN's quantised linear with packed weights 0.29 and twice the memory. float8 is for GPUs
+that multiply it; elsewhere the same codes are multiplied in float32, 1.0 ms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
@@ -21,36 +25,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamgen.linear import CPUINFO, Linear
+from streamgen.cache.quantised import STORAGES, Storage
+from streamgen.linear import CPUINFO, Linear, linear
 
 if TYPE_CHECKING:
     from streamgen.transformer import Block, CausalWanModel, TransformerConfig
 
-LARGEST = 127.0
+WEIGHTS_DTYPES = tuple(STORAGES)
+"""Names of what the weights can be kept in."""
+LAYOUT = 2
+"""Which layers become bytes, and how; it grows with every change of that, since the same stream is then another video.
+1: of the blocks alone. 2: embeddings and modulation too."""
 TINY = 1e-12
 """The smallest scale: a row of zeros has codes of zero."""
 FEWEST_ROWS_CUDA, MULTIPLE_CUDA = 17, 8
 """What cuBLASLt asks of a product of bytes."""
-WEIGHTS_DTYPES = ("int8",)
+Float8Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(x, codes [N, K], scales [N], bias) -> x's quantised product in x's dtype: the second of `ops.kernel_linear`."""
 
 
-def quantise_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] -> codes int8 [M, K] and float32 scales [M, 1]: x = codes * scale, to half a code."""
-    scale_M1 = (x_MK.abs().amax(-1, keepdim=True).float() / LARGEST).clamp_min_(TINY)
-    return (x_MK / scale_M1).round_().to(torch.int8), scale_M1
+def quantise_rows(x_MK: Tensor, storage: Storage = STORAGES["int8"]) -> tuple[Tensor, Tensor]:
+    """[M, K] -> codes [M, K] and float32 scales [M, 1]: x = codes * scale, to half a code."""
+    scale_M1 = (x_MK.abs().amax(-1, keepdim=True).float() / storage.largest).clamp_min_(TINY)
+    codes_MK = x_MK / scale_M1
+    return (codes_MK.round_() if storage.dtype == torch.int8 else codes_MK).to(storage.dtype), scale_M1
 
 
 class QuantisedLinear(nn.Module):
-    """A Linear made of one that is loaded. No gradients; `weight` is int8 [N, K], `scale` float32 [N]."""
+    """A Linear made of one that is loaded. No gradients; `weight` are codes [N, K], `scale` float32 [N].
+
+    float8_product multiplies float8 on this device; None: `product_of_codes`.
+    """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, name: str = "int8", float8_product: Float8Product | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        codes_NK, scale_N1 = quantise_rows(layer.weight.detach().float())
+        self.storage = STORAGES[name]
+        self.float8_product = float8_product if self.storage.dtype.is_floating_point else None
+        codes_NK, scale_N1 = quantise_rows(layer.weight.detach().float(), self.storage)
         self.register_buffer("weight", codes_NK)
         self.register_buffer("scale", scale_N1[:, 0].contiguous())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
@@ -72,9 +88,15 @@ class QuantisedLinear(nn.Module):
         return y_MN.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        """float32 [M, N]."""
-        codes_MK, scale_M1 = quantise_rows(x.reshape(-1, self.in_features))
-        y_MN = integer_product(codes_MK, self.weight) * scale_M1
+        """[M, N], float32; of `float8_product` in x's dtype."""
+        x_MK = x.reshape(-1, self.in_features)
+        if self.float8_product is not None:
+            return self.float8_product(x_MK, self.weight, self.scale, self.bias)
+        codes_MK, scale_M1 = quantise_rows(x_MK, self.storage)
+        return self._scaled(product_of_codes(codes_MK, self.weight) * scale_M1)
+
+    def _scaled(self, y_MN: Tensor) -> Tensor:
+        """By the weight's scales, with the bias; `y_MN` (float32) is written over."""
         return y_MN.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias.float(), y_MN, self.scale)
 
     def dequantised(self) -> Tensor:
@@ -82,13 +104,33 @@ class QuantisedLinear(nn.Module):
         return self.weight.float() * self.scale[:, None]
 
 
-def integer_product(x_MK: Tensor, w_NK: Tensor) -> Tensor:
-    """int8 by int8, x w^T [M, N]: int32 where the device multiplies bytes, else in float32, exact up to K = 1040 and
-    to rounding beyond.
+class WholeInputLinear(QuantisedLinear):
+    """One whose inputs stay as they are, multiplied in float32: for few rows, which gain nothing from bytes, and where
+    an error reaches every layer. 0.07 ms for one row by 320 x 1920, where bf16 takes 0.05.
     """
+
+    def _product(self, x: Tensor) -> Tensor:
+        x_MK = x.reshape(-1, self.in_features).float()
+        return self._scaled(linear(x_MK, self.weight.float(), None))
+
+
+def product_of_codes(x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    """x w^T [M, N] of two that are int8 or two that are float8: int32 where the device multiplies bytes, else float32.
+    That is exact for int8 up to K = 1040, and to rounding beyond and in float8.
+    """
+    if x_MK.dtype != torch.int8:
+        return linear(widened(x_MK), widened(w_NK), None) * 2.0**16
     if multiplies_bytes(x_MK, w_NK):
         return torch._int_mm(x_MK, w_NK.t())
-    return F.linear(x_MK.float(), w_NK.float())
+    return linear(x_MK.float(), w_NK.float(), None)
+
+
+def widened(codes: Tensor) -> Tensor:
+    """float8_e4m3fn, finite -> float32, 2^-8 of its value: as float16 the same bits stand for that. torch's own cast
+    takes ten times as long on a CPU (1280 x 320: 1.1 ms), longer than the product.
+    """
+    sign_and_rest = codes.view(torch.int8).to(torch.int16) << 7
+    return (sign_and_rest & ~0x4000).view(torch.float16).float()  # the sign was extended into the exponent
 
 
 def multiplies_bytes(x_MK: Tensor, w_NK: Tensor) -> bool:
@@ -112,29 +154,40 @@ def cpu_multiplies_bytes() -> bool:
 
 
 @torch.no_grad()
-def quantise_weights(model: CausalWanModel, name: str) -> int:
-    """Replace the Linears of the model's blocks -> bytes saved. ValueError for a name that is not in WEIGHTS_DTYPES.
+def quantise_weights(model: CausalWanModel, name: str, float8_product: Float8Product | None = None) -> int:
+    """Replace Linears of the model -> bytes saved. ValueError for a name that is not in WEIGHTS_DTYPES.
 
-    Those are q, k, v and o of both attentions and both of the feed-forward: nearly all of the weights. The others stay:
-    embeddings of patches, text and time are small, and the error of the time's reaches every layer through the
-    modulation; the head's goes into the picture with nothing after it. Once per model: there is no way back.
+    Those are q, k, v and o of both attentions and both of the feed-forward, and, with inputs left whole, those of the
+    embeddings of text and time and of the modulation. Patches and head stay: they are small, and the head's error goes
+    into the picture with nothing after it. Once per model: there is no way back.
     """
     if name not in WEIGHTS_DTYPES:
         raise ValueError(f"weights dtype {name!r} does not exist; there are: {', '.join(WEIGHTS_DTYPES)}")
     before = weight_bytes(model)
     for block in cast("list[Block]", model.blocks):
-        for parent in (block.self_attn, block.cross_attn, block.ffn):
-            for key, layer in list(parent.named_children()):
-                if type(layer) is Linear:
-                    setattr(parent, key, QuantisedLinear(layer))
+        for parent, key, layer in _linears(block.self_attn, block.cross_attn, block.ffn):
+            setattr(parent, key, QuantisedLinear(layer, name, float8_product))
+    embeddings = (model.text_embedding, model.time_embedding, model.time_projection, model.pooled_embedding)
+    for parent, key, layer in _linears(*embeddings):
+        setattr(parent, key, WholeInputLinear(layer))
     return before - weight_bytes(model)
+
+
+def _linears(*parents: nn.Module | None) -> Iterator[tuple[nn.Module, str, Linear]]:
+    for parent in parents:
+        if parent is not None:
+            yield from ((parent, key, layer) for key, layer in list(parent.named_children()) if type(layer) is Linear)
 
 
 def bytes_saved(config: TransformerConfig, itemsize: int) -> int:
     """What `quantise_weights` saves of a model of this config with so many bytes a weight; nothing is built."""
-    weights = 8 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    scales = 4 * (9 * config.dim + config.ffn_dim)
-    return config.num_layers * (weights * (itemsize - 1) - scales)
+    dim, pooled = config.dim, config.pooled_text
+    weights = config.num_layers * (8 * dim**2 + 2 * dim * config.ffn_dim)
+    outputs = config.num_layers * (9 * dim + config.ffn_dim)
+    # time: its embedding's two and the modulation's; text and its mean: two each
+    weights += dim * (config.freq_dim + dim + 6 * dim) + (1 + pooled) * dim * (config.text_dim + dim)
+    outputs += 8 * dim + (1 + pooled) * 2 * dim
+    return weights * (itemsize - 1) - 4 * outputs
 
 
 def weight_bytes(model: nn.Module) -> int:

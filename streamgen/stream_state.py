@@ -15,6 +15,7 @@ import torch
 from streamgen.blocks import Snapshot
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
+from streamgen.quantised_linear import LAYOUT
 from streamgen.rollout import StreamState
 from streamgen.timeline import PromptTimeline
 from streamgen.weights import user_errors
@@ -40,6 +41,7 @@ def saved_state(
         "model": pipe.fingerprint,
         "dtype": pipe.dtype_name,
         "weights_dtype": pipe.weights_dtype,
+        "weights_layout": None if pipe.weights_dtype is None else LAYOUT,
         "geometry": asdict(state.geometry),
         "steps": steps,
         "first_steps": first_steps,
@@ -111,6 +113,12 @@ def _check_model(pipe: StreamPipeline, saved: Mapping[str, Any]) -> None:
         raise UserError(
             f"the state was made with weights in {kept or own}, this model has them in {pipe.weights_dtype or own}; "
             "load it as it was"
+        )
+    layout = saved.get("weights_layout", 1)
+    if kept is not None and layout != LAYOUT:
+        raise UserError(
+            f"the state was made with weights in {kept} of layout {layout}, this version keeps them in layout {LAYOUT} "
+            "(other layers in bytes): go on with the version that made it, or begin a new stream"
         )
     made_with, now = saved.get("sampling"), _sampling(pipe, saved["steps"])
     if made_with is not None and made_with != now:

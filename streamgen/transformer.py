@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from streamgen.attention import attend
 from streamgen.cache.rows import RowsCache
@@ -99,6 +100,18 @@ class TextContext(NamedTuple):
     kv: list[tuple[Tensor, Tensor]]
     """Per layer the keys and values of cross-attention, each [B, G, N, L, K]."""
     pooled_BGD: Tensor | None
+    levels: dict[float, "Level"] | None = None
+    """By timestep, what streaming under this prompt has computed of it; None: nothing is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What every pass at one noise level under one prompt would compute anew."""
+
+    e_BFD: Tensor
+    e0_BF6D: Tensor
+    rows: dict[int, tuple[Tensor, ...]]
+    """Layer -> its six vectors of modulation, each [B, F, 1, D]."""
 
 
 class Call(NamedTuple):
@@ -110,6 +123,7 @@ class Call(NamedTuple):
     text_repeats: int
     ops: Ops
     attention_backend: str
+    level: Level | None = None
 
 
 def sinusoid(timestep: Tensor, freq_dim: int) -> Tensor:
@@ -203,9 +217,12 @@ class Block(nn.Module):
 
     def forward(self, x_BFSD: Tensor, e0_BF6D: Tensor, kv: tuple[Tensor, Tensor], layer: int, call: Call) -> Tensor:
         shape, eps, ops = x_BFSD.shape, self.eps, call.ops
-        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
-            (self.modulation + e0_BF6D).unsqueeze(3).unbind(2)  # each [B, F, 1, D]
-        )
+        rows = None if call.level is None else call.level.rows.get(layer)
+        if rows is None:
+            rows = (self.modulation + e0_BF6D).unsqueeze(3).unbind(2)
+            if call.level is not None:
+                call.level.rows[layer] = rows
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = rows  # each [B, F, 1, D]
         y_BTD = ops.layer_norm_modulate(x_BFSD, shift_sa, scale_sa, eps).flatten(1, 2)
         y_BTD = self.self_attn(y_BTD, layer, call)
         x_BFSD, y_BFSD = ops.residual_norm(x_BFSD, y_BTD.view(shape), gate_sa, self.norm3)
@@ -247,6 +264,8 @@ class CausalWanModel(nn.Module):
         self.attention_backend = attention_backend
         self.captures: Captures | None = None
         """Recorded passes (`streamgen.capture`), for CUDA."""
+        self.recomputed_layers = 0
+        """In passes without a cache, the first so many layers keep their input alone and run again in the backward."""
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
@@ -286,7 +305,7 @@ class CausalWanModel(nn.Module):
         rows = self.text_embedding(text_BGLD)
         kv = [block.cross_attn.encode(rows, self.ops) for block in cast("list[Block]", self.blocks)]
         pooled = None if self.pooled_embedding is None else self.pooled_embedding(text_BGLD.mean(2))
-        return TextContext(kv, pooled)
+        return TextContext(kv, pooled, {})
 
     def forward(
         self,
@@ -319,8 +338,12 @@ class CausalWanModel(nn.Module):
         if F_ % (groups * text_repeats):
             raise ValueError(f"{F_} frames: must be a multiple of {groups} text groups x {text_repeats} repeats")
         x_BFSD = self.embed(latents_BFCHW)
-        e_BFD = self.embed_time(timestep_BF, text, F_ // (groups * text_repeats), text_repeats)
-        call = Call(rope, cache, mask, text_repeats, self.ops, self.attention_backend)
+        level = self._level(timestep_BF, text)
+        if level is None:
+            e_BFD = self.embed_time(timestep_BF, text, F_ // (groups * text_repeats), text_repeats)
+        else:
+            e_BFD = level.e_BFD
+        call = Call(rope, cache, mask, text_repeats, self.ops, self.attention_backend, level)
         x_BFSD = self.run_layers(x_BFSD, e_BFD, text, call, range(len(self.blocks)))
         return self.unembed(x_BFSD, e_BFD, latents_BFCHW)
 
@@ -333,9 +356,14 @@ class CausalWanModel(nn.Module):
 
     def run_layers(self, x_BFSD: Tensor, e_BFD: Tensor, text: TextContext, call: Call, layers: range) -> Tensor:
         """Some consecutive layers. e_BFD: of `embed_time`."""
-        e0_BF6D = self.time_projection(e_BFD).unflatten(2, (6, -1))
+        e0_BF6D = self._project_time(e_BFD) if call.level is None else call.level.e0_BF6D
+        again = self.recomputed_layers if call.cache is None and torch.is_grad_enabled() else 0
         for layer in layers:
-            x_BFSD = self.blocks[layer](x_BFSD, e0_BF6D, text.kv[layer], layer, call)
+            block, rest = self.blocks[layer], (e0_BF6D, text.kv[layer], layer, call)
+            if layer < again:  # nothing in a layer is random
+                x_BFSD = checkpoint(block, x_BFSD, *rest, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BFSD = block(x_BFSD, *rest)
         return x_BFSD
 
     def unembed(self, x_BFSD: Tensor, e_BFD: Tensor, latents_BFCHW: Tensor) -> Tensor:
@@ -351,6 +379,22 @@ class CausalWanModel(nn.Module):
         if pooled.shape[1] > 1:
             pooled = pooled.repeat_interleave(group_frames, 1).repeat(1, text_repeats, 1)
         return e_BFD + pooled
+
+    def _level(self, timestep_BF: Tensor, text: TextContext) -> Level | None:
+        """Kept with the prompt, for a stream alone on a CPU: on a GPU a recorded pass makes it without the host."""
+        alone = timestep_BF.numel() == 1 and (text.pooled_BGD is None or text.pooled_BGD.shape[1] == 1)
+        if text.levels is None or not alone or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if timestep_BF.device.type != "cpu":
+            return None
+        timestep = float(timestep_BF)
+        if timestep not in text.levels:
+            e_BFD = self.embed_time(timestep_BF, text, 1, 1)
+            text.levels[timestep] = Level(e_BFD, self._project_time(e_BFD), {})
+        return text.levels[timestep]
+
+    def _project_time(self, e_BFD: Tensor) -> Tensor:
+        return self.time_projection(e_BFD).unflatten(2, (6, -1))
 
     def _patchify(self, latents_BFCHW: Tensor) -> Tensor:
         """Conv3d with stride = kernel, as one matrix product; tokens run row, column (column fastest)."""

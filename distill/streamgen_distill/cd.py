@@ -115,7 +115,7 @@ class ConsistencyObjective(TaughtObjective):
     def compile(self, modules: Mapping[str, nn.Module]) -> None:
         super().compile(modules)
         if self.teacher is not None and modules["transformer"] is self.model:
-            self.teacher["transformer"].compile(dynamic=False)
+            self.compile_transformer(self.teacher["transformer"])
 
     def loss(self, batch: Batch, turn: Turn, ema: Mapping[str, nn.Module] | None) -> tuple[Tensor, dict[str, Tensor]]:
         assert ema is not None

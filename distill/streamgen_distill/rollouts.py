@@ -113,7 +113,10 @@ def new_state(
     )
     spec.check_block(geometry.block_frames)
     return StreamState(
-        geometry=geometry, cache=KVCache(spec, batch=len(seeds), dtype=dtype, device=device), seeds=tuple(seeds)
+        geometry=geometry,
+        cache=KVCache(spec, batch=len(seeds), dtype=dtype, device=device),
+        seeds=tuple(seeds),
+        ops=model.ops,
     )
 
 

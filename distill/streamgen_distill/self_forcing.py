@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import VISIBILITIES, Layout
 from streamgen.card import SchedulerConfig
-from streamgen.costs import TRAINED, Work, parameters
+from streamgen.costs import Work, parameters, trained_factor
 from streamgen.embedded_text import EmbeddedText
 from streamgen.metrics.quick import quick_adherence
 from streamgen.pixels import to_uint8
 from streamgen.rollout import StreamState
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.visibility import VISIBILITIES, Layout
 from streamgen.worlds.grammar import captions
 from streamgen_distill.dmd import dmd_gradient, dmd_loss
 from streamgen_distill.gan import (
@@ -90,6 +90,10 @@ class SelfForcing(ArObjective):
         own: dict[str, nn.Module] = {"transformer": self.model, "text": self.text, "critic": self.critic}
         return own if self.discriminator is None else {**own, "discriminator": self.discriminator}
 
+    def transformers(self) -> dict[str, CausalWanModel]:
+        found = super().transformers()
+        return found if self.teacher is None else {**found, "teacher": self.teacher}
+
     def players(self) -> dict[str, tuple[str, ...]]:
         return {STUDENT: ("transformer",), CRITIC: tuple(name for name in self.modules() if name in JUDGES)}
 
@@ -119,9 +123,9 @@ class SelfForcing(ArObjective):
         A critic whose layers a discriminator reads stays as it is: compiled code passes the hooks by.
         """
         if self.discriminator is None:
-            modules["critic"].compile(dynamic=False)
+            self.compile_transformer(modules["critic"])
         if self.teacher is not None and modules["critic"] is self.critic:
-            self.teacher.compile(dynamic=False)
+            self.compile_transformer(self.teacher)
 
     # -- streams --------------------------------------------------------------------------------
 
@@ -340,7 +344,7 @@ class SelfForcing(ArObjective):
             *rollout_work(c),
             (c.teacher_model or c.model, scored("teacher's score", clips * score * student, 1.0)),
             (c.model, scored("critic's score", clips * student, 1.0)),
-            (c.model, scored("critic, forward and backward", clips, TRAINED)),
+            (c.model, scored("critic, forward and backward", clips, trained_factor(c.model, self.recomputed))),
         ]
 
     def score_work_layout(self, blocks: int) -> Layout | None:

@@ -56,6 +56,10 @@ class Config(ar.Config):
     """False: the model is to be streamed without commit passes; context_noise is then the level of the last step."""
     cache: str = "relative"
     checkpoint_activations: bool = False
+    """The student's graded passes, which have a cache, run again in the backward as a whole."""
+    recompute: int | Literal["auto", "all"] = 0
+    """Layers of the passes without a cache: the critic's, and those of `student_input: data`. Not auto: what a rollout
+    leaves free is not measured."""
     sid_alpha: float = 1.0
     gan_weight: float = 1.0
     gan_layers: tuple[int, ...] = ()
@@ -75,6 +79,7 @@ class Config(ar.Config):
         super().__post_init__()
         low, high = self.rollout_blocks
         checks = (
+            (self.recompute == "auto", "recompute is auto; a stage that makes streams needs a number, or all"),
             (self.init_from is None, "init_from is null; name the run that the student starts from"),
             (not self.train_steps or min(self.train_steps) < 1, "train_steps must hold counts of at least 1"),
             (not 1 <= low <= high, f"rollout_blocks is {[low, high]}; least and greatest, at least 1"),

@@ -44,7 +44,10 @@ def working_bytes(c: Config, bytes_per_value: int) -> float:
     g = c.geometry
     cache = c.rollout_clips * cache_bytes(c.model, c.window_frames * g.tokens_per_frame, bytes_per_value)
     tokens = c.score_blocks * g.block_frames * g.tokens_per_frame
-    kept = activation_bytes(c.model, tokens, checkpointed=c.checkpoint_activations, bytes_per_value=bytes_per_value)
+    again = c.recomputed_layers, c.model.num_layers if c.checkpoint_activations else 0
+    kept = max(
+        activation_bytes(c.model, tokens, recomputed_layers=layers, bytes_per_value=bytes_per_value) for layers in again
+    )
     snapshots = c.score_blocks * cache if c.checkpoint_activations else 0
     copies = 1 if POLICIES[c.cache].stores_rotated else 2  # the keys as they are read
     return cache * copies + c.rollout_clips * kept + snapshots

@@ -55,6 +55,14 @@ class TaughtObjective(ArObjective):
         for module in self.teacher.values():
             module.to(device, dtype).eval().requires_grad_(False)
 
+    def transformers(self) -> dict[str, CausalWanModel]:
+        found = super().transformers()
+        if self.teacher is not None:
+            model = self.teacher["transformer"]
+            assert isinstance(model, CausalWanModel)
+            found["teacher"] = model
+        return found
+
     def load_teacher(self) -> dict[str, nn.Module]:
         """The averaged weights of the teacher's run, in fp32."""
         check_teacher(self.config)

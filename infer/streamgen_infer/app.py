@@ -23,6 +23,7 @@ from streamgen_infer.models.recording_app import app as recording
 from streamgen_infer.plan.app import app as plan
 from streamgen_infer.serve.app import app as serving
 from streamgen_infer.stream_options import (
+    ATTENTIONS,
     CACHE_DTYPES,
     CACHES,
     DTYPES,
@@ -146,6 +147,9 @@ def stream(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES) + "; auto takes the faster one here")] = "auto",
     ops: Annotated[str, typer.Option(help=" | ".join(OPS) + "; auto: kernels on a GPU, if right there")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help=" | ".join(ATTENTIONS) + "; auto: on a GPU the fastest that is right there")
+    ] = "auto",
     threads: Threads = None,
     scale: Annotated[int, typer.Option(help="Enlarge the frames so many times.", metavar="N")] = 1,
     realtime: Annotated[bool, typer.Option("--realtime", help="No faster than the video plays.")] = False,
@@ -185,6 +189,7 @@ def stream(
         device=device,
         dtype=dtype,
         ops=ops,
+        attention=attention,
         threads=threads,
         scale=scale,
         realtime=realtime,

@@ -297,6 +297,8 @@ def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
 
 def kernels_on(device: str | None) -> Iterator[Check]:
     """Every kernel and attention backend against its reference on a device, and which of them run."""
+    import torch
+
     from streamgen.attention import BACKENDS
     from streamgen.kernel_choice import ops_for
     from streamgen_infer.kernels_check import Row, check_kernels, usable_device
@@ -311,8 +313,15 @@ def kernels_on(device: str | None) -> Iterator[Check]:
         right = all(row.ok for row in tried)
         advice = "" if right else "do not choose it on this device, and report it"
         yield Check(name, "ok" if right else "fail", "; ".join(f"{row.dtype} {row.found}" for row in tried), advice)
+    chosen = (
+        "the fastest right one for a model's shapes" if place.type == "cuda" else f"auto, {BACKENDS['auto'].limits}"
+    )
+    absent = {name: backend.problem(place, torch.bfloat16) for name, backend in BACKENDS.items()}
+    for name, problem in absent.items():
+        if problem:
+            yield Check(f"attention {name}", "ok", f"not here: {problem}")
     modules = sorted(set(ops_for("auto", place).active().values()))
-    yield Check("runs", "ok", f"operations: {', '.join(modules)}; attention: auto, {BACKENDS['auto'].limits}")
+    yield Check("runs", "ok", f"operations: {', '.join(modules)}; attention: {chosen}")
 
 
 EXAMINATIONS: tuple[Callable[[], Iterator[Check]], ...] = (system, packages, video, number_formats, model, extras)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamgen.clocks import clock_of
 from streamgen.pipeline import StreamPipeline
 from streamgen.rollout import BlockRun, run_passes
 from streamgen.stream import Stream
@@ -77,12 +78,15 @@ class Engine:
 
     def __init__(self, pipe: StreamPipeline) -> None:
         self.pipe = pipe
+        self._clock = clock_of(pipe.device)
 
     @torch.no_grad()
     def forward(self, works: Sequence[Work]) -> dict[int, Exception]:
         """One forward for the waiting pass of every work -> what failed, by place in `works`.
 
         The passes must have equal latent shapes: a recache, which is as long as the cache's window, goes alone.
+        Returns when the device has done them: a scheduler that only queued its launches would take them for cheap, and
+        decide about a device that is far behind.
         """
         runs = [work.run for work in works]
         assert all(run is not None and run.kind is not None for run in runs)
@@ -106,6 +110,7 @@ class Engine:
                 run.take(one, out)
             except FloatingPointError as error:
                 failed[place] = error
+        self._clock.reach(self._clock.mark())
         return failed
 
     def decode(self, work: Work) -> np.ndarray:

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from streamgen.memory import host_bytes
+
 try:
     import resource
 except ModuleNotFoundError:  # Windows: peak memory is then reported as unknown
@@ -62,12 +64,8 @@ def usable_cores() -> int:
 
 def memory_mb() -> tuple[float, float] | None:
     """(total, available) MB (Linux; None elsewhere)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.split()[1:]}
-    return kilobytes["MemTotal"] * 1024 / 1e6, kilobytes["MemAvailable"] * 1024 / 1e6
+    known = host_bytes()
+    return None if known is None else (known[0] / 1e6, known[1] / 1e6)
 
 
 def _cpuinfo(field: str) -> str | None:

@@ -68,6 +68,7 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
         dtype=dtype,
         threads=options.threads,
         ops=options.ops,
+        attention=options.attention,
         weights_dtype=options.weights_dtype or (saved or {}).get("weights_dtype"),
     )
     fps = options.fps or (saved or {}).get("geometry", {}).get("fps") or pipe.geometry.fps

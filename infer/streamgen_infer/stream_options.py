@@ -15,13 +15,14 @@ from streamgen_infer.sinks import Output, check_output, check_place
 
 SCHEDULES = ("serial", "stream_batch", "step_chain", "layer_ring", "rolling", "interleaved")
 CACHE_DTYPES = ("int8", "fp8")
-WEIGHTS_DTYPES = ("int8",)
+WEIGHTS_DTYPES = ("int8", "fp8")
 CACHES = ("relative", "window", "ema_sink")
 SPLITS = ("step_chain", "layer_ring")
 """Those that can be spread over ranks."""
 TRANSITIONS = ("cut", "recache", "blend", "scene")
 DTYPES = ("auto", "fp32", "bf16")
 OPS = ("auto", "reference", "triton")
+ATTENTIONS = ("auto", "math", "sdpa", "cudnn", "flash3", "xformers", "triton")
 MAX_SECONDS = 1e7
 MAX_FPS = 240
 MAX_STEPS = 1000
@@ -54,6 +55,7 @@ class Options:
     device: str = "cpu"
     dtype: str = "auto"
     ops: str = "auto"
+    attention: str = "auto"
     threads: int | None = None
     scale: int = 1
     realtime: bool = False
@@ -110,6 +112,7 @@ def check(options: Options) -> Request:
         ("--transition", options.transition, TRANSITIONS),
         ("--dtype", options.dtype, DTYPES),
         ("--ops", options.ops, OPS),
+        ("--attention", options.attention, ATTENTIONS),
     )
     if options.ranks > 1:
         for name, given in (("--cache-dtype", options.cache_dtype), ("--weights-dtype", options.weights_dtype)):

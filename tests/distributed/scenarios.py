@@ -44,15 +44,15 @@ def towers(folder: Path, sharding: str, resume: str = "auto", seed: int = 0, **c
     return objective.exits
 
 
-def ar(folder: Path, sharding: str, **changes: Any) -> None:
-    """The real transformer, whose text is encoded outside its forward."""
+def ar(folder: Path, sharding: str, recompute: int | str = "auto", **changes: Any) -> None:
+    """The real transformer, whose text is encoded outside its forward; "auto" measures and recomputes nothing here."""
     values = {
         "max_steps": 3,
         "accumulate": 2,
         "sharding": sharding,
         "optim": OptimConfig(kind="muon", newton_schulz="fp32"),
     }
-    train(build_ar(folder.parent / "codec"), train_config(**(values | changes)), folder)
+    train(build_ar(folder.parent / "codec", recompute=recompute), train_config(**(values | changes)), folder)
 
 
 def asked_to_stop(folder: Path, rank: int) -> tuple[str, int]:
@@ -134,6 +134,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Any]] = {
     "ddp_bf16": lambda folder, rank: towers(folder / "ddp_bf16", "ddp", precision="bf16"),
     "ar_ddp": lambda folder, rank: ar(folder / "ar_ddp", "ddp"),
     "ar_fsdp2": lambda folder, rank: ar(folder / "ar_fsdp2", "fsdp2"),
+    "ar_recomputed": lambda folder, rank: ar(folder / "ar_recomputed", "fsdp2", recompute=1),
     "one_to_ddp": lambda folder, rank: towers(folder / "one_to_ddp", "ddp", str(folder / "half"), seed=5),
     "one_to_fsdp2": lambda folder, rank: towers(folder / "one_to_fsdp2", "fsdp2", str(folder / "half"), seed=5),
     "half_ddp": lambda folder, rank: towers(folder / "half_ddp", "ddp", max_steps=3),

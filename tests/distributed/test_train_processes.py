@@ -105,10 +105,11 @@ def test_two_processes_make_the_steps_of_one(ran: Path, sharding: str) -> None:
     assert checkpoint.load(checkpoint.find(ran / sharding))["processes"] == 2
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-def test_two_processes_train_the_transformer_as_one(ran: Path, sharding: str) -> None:
-    results(ran, f"ar_{sharding}")
-    assert_same_run(ran / f"ar_{sharding}", ran / "ar_one", tolerance=1e-5)
+@pytest.mark.parametrize("run", ["ar_ddp", "ar_fsdp2", "ar_recomputed"])
+def test_two_processes_train_the_transformer_as_one(ran: Path, run: str) -> None:
+    """Also with a layer in shards that is recomputed in the backward."""
+    results(ran, run)
+    assert_same_run(ran / run, ran / "ar_one", tolerance=1e-5)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])

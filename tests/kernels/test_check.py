@@ -36,6 +36,7 @@ def test_doctor_checks_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"norm_rope_store, int8", "ring_attention", "cell_noise", "attention triton", "attention sdpa"} <= set(found)
     assert "float32 differs by" in found["renoise"]["found"]
     assert "operations: streamgen.ops; attention: auto" in found["runs"]["found"]
+    assert found["attention flash3"]["found"] == "not here: it needs a CUDA device"
 
 
 def test_doctor_fails_with_a_wrong_kernel(monkeypatch, capsys):

@@ -37,7 +37,7 @@ def pretended(monkeypatch, tmp_path):
         return checked
 
     monkeypatch.setenv("STREAMGEN_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernel_choice, "_device_name", lambda device: "Some GPU 90 GB")
+    monkeypatch.setattr(kernel_choice, "device_name", lambda device: "Some GPU 90 GB")
     kernel_choice._say_once.cache_clear()
     return install
 
@@ -69,6 +69,28 @@ def test_a_wrong_kernel_means_plain_torch_and_a_line(pretended, caplog):
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "plain torch operations on cuda: the kernel norm_rope in bfloat16 is not right here" in record.message
     assert "scaled_product" not in record.message
+
+
+def test_products_of_float8_are_proven_by_themselves(pretended, tmp_path, caplog):
+    names = ("gelu_tanh", "quantise_rows, float8_e4m3fn", "scaled_product, float8_e4m3fn")
+    pretended(*map(case, names), case("scaled_product, int8", wrong=1))
+    table = kernel_choice.ops_for("auto", GPU)
+    assert kernel_choice.float8_product(table, GPU) is ops.kernel_linear()[1]
+    pretended(case("gelu_tanh", wrong=1), *map(case, names[1:]))
+    assert kernel_choice.float8_product(table, GPU) is ops.kernel_linear()[1]  # read from disk
+    assert len(list((tmp_path / "float8").iterdir())) == 1 and not caplog.records
+
+
+def test_a_wrong_product_of_float8_means_float32_and_a_line(pretended, caplog):
+    pretended(case("gelu_tanh"), case("scaled_product, float8_e4m3fn", wrong=1))
+    table = kernel_choice.ops_for("auto", GPU)
+    assert is_triton(table) and kernel_choice.float8_product(table, GPU) is None
+    assert kernel_choice.float8_product(ops.select("reference"), CPU) is None
+    kernel, reference = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert "in float32 on cuda (the kernel scaled_product, float8_e4m3fn in bfloat16 is not right" in kernel
+    assert reference.endswith("in float32 on cpu (plain torch operations): that saves memory, not time")
+    with pytest.raises(UserError, match="mps has no float8; take int8"):
+        kernel_choice.float8_product(table, torch.device("mps"))
 
 
 def test_a_folder_that_cannot_be_written(pretended, tmp_path, monkeypatch, caplog):

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from streamgen.cache.quantised import STORAGES, quantise
+from streamgen.kernel_choice import float8_product
+from streamgen.ops import kernel_linear
+from streamgen.quantised_linear import QuantisedLinear, bytes_saved, quantise_weights
 from streamgen.rope import rope_table
 from streamgen_kernels import norm_rope_store
 from streamgen_kernels.linear import linear, scaled_product
@@ -93,11 +96,26 @@ def test_other_formats_are_refused(device):
         quantise_rows(torch.ones(2, 2, device=device), torch.int16)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+def test_a_layer_in_float8_is_the_same_with_kernels_and_without(device, dtype, tolerance):
+    """The same codes, summed in another order; a stream goes on where there is no such kernel."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(90, 50, device=device).to(dtype)
+    x = (torch.randn(2, 7, 90, device=device) * torch.logspace(-2, 2, 7, device=device)[:, None]).to(dtype)
+    x[0, 0] = 0
+    plain, fast = QuantisedLinear(layer, "fp8"), QuantisedLinear(layer, "fp8", kernel_linear()[1])
+    assert torch.equal(plain.weight.float(), fast.weight.float())
+    assert torch.equal(plain.weight.float(), quantise_rows(layer.weight.detach(), torch.float8_e4m3fn)[0].float())
+    for wanted, got in ((plain(x), fast(x)), (plain.gelu(x), fast.gelu(x))):
+        assert got.shape == wanted.shape and got.dtype == dtype
+        apart = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+        assert apart.max() < tolerance
+
+
 @torch.no_grad()
 def test_a_model_in_float8(device):
     """Every product of the blocks, near to the model's own; text's keys and values too."""
     from streamgen import ops
-    from streamgen.float8_linear import Float8Linear, use_float8
     from tests.kernels.test_streams import CONFIG, make_model, make_text, noise
 
     model = make_model(device)
@@ -108,8 +126,10 @@ def test_a_model_in_float8(device):
         return model(noise(3, 1).to(device), torch.full((1, 1), 500.0, device=device), make_text(model), rope=rope)
 
     wanted = out()
-    assert use_float8(model) == 10 * CONFIG.num_layers
-    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 10 * CONFIG.num_layers
+    product = float8_product(model.ops, torch.device("cpu"))  # by the interpreter it is taken untried
+    assert quantise_weights(model, "fp8", product) == bytes_saved(CONFIG, 4)
+    kinds = [module.float8_product for module in model.modules() if type(module) is QuantisedLinear]
+    assert kinds == [linear] * 10 * CONFIG.num_layers
     assert model.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn
     error = float((out() - wanted).norm() / wanted.norm())
     assert 1e-4 < error < 0.1

@@ -20,8 +20,11 @@ import pytest
 
 from streamgen import StreamPipeline
 from streamgen_infer import protocol as p
+from streamgen_infer.cli import main
 from streamgen_infer.client import Viewer, watch
 from streamgen_infer.runtime import Runtime
+from streamgen_infer.serve.command import build_runtime
+from streamgen_infer.serve.options import Options
 from tests.server.harness import Running, Talk, serving, wait_for
 from tests.tiny_model import near, save_tiny_model
 
@@ -219,6 +222,21 @@ def command(model: Path, port: int, saved: Path) -> Iterator[subprocess.Popen[by
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_weights_in_bytes(model: Path, name: str) -> None:
+    """The command's own runtime; its viewers get what such a pipeline streams."""
+    runtime = build_runtime(Options(model=str(model), dtype="fp32", weights_dtype=name, admission=False))
+    assert runtime.pipe.weights_dtype == name
+    alike, plain = (StreamPipeline.from_pretrained(model, dtype="fp32", weights_dtype=w) for w in (name, None))
+    served, wanted, other = (next(pipe.stream(PROMPT, seed=3)).frames for pipe in (runtime.pipe, alike, plain))
+    assert np.array_equal(served, wanted) and not np.array_equal(served, other)
+
+
+def test_weights_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--weights-dtype", "int4"]) == 2
+    assert "--weights-dtype 'int4' does not exist; there are: int8, fp8" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -273,6 +273,7 @@ def test_load_refuses(options: Any, words: str) -> None:
         ({"origins": ("example.org",)}, "--origin 'example.org'"),
         ({"token_file": Path("/none")}, "not readable"),
         ({"dtype": "fp8"}, "--dtype 'fp8'"),
+        ({"weights_dtype": "int4"}, "--weights-dtype 'int4' does not exist; there are: int8, fp8"),
     ],
 )
 def test_serve_refuses_before_anything_is_loaded(options: Any, words: str) -> None:

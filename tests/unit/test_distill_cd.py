@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamgen.attention import Visibility
 from streamgen.errors import UserError
 from streamgen.flow import step_sigmas
+from streamgen.visibility import Visibility
 from streamgen_distill import cd
 from streamgen_distill.cd import ConsistencyObjective
 from streamgen_train.checkpoint import load_modules

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from streamgen import flow
-from streamgen.attention import block_causal_mask
 from streamgen.batch import generate
 from streamgen.errors import UserError
 from streamgen.pipeline import StreamPipeline
 from streamgen.rope import rope_table
+from streamgen.visibility import block_causal_mask
 from streamgen_distill import long, self_forcing
 from streamgen_distill.dmd import dmd_loss
 from streamgen_distill.self_forcing import CRITIC, STUDENT, SelfForcing

@@ -214,3 +214,30 @@ def test_the_tiny_model_is_real(pipe: StreamPipeline) -> None:
         for prompt, seed in ((PROMPTS[0], 0), (PROMPTS[1], 0), (PROMPTS[0], 1))
     )
     assert not np.array_equal(first, other_prompt) and not np.array_equal(first, other_seed)
+
+
+class LateDevice:
+    """A clock of a device that is behind: what it was told, in order."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def mark(self) -> int:
+        self.told.append("mark")
+        return len(self.told)
+
+    def reach(self, moment: int) -> None:
+        assert moment == len(self.told)
+        self.told.append("reached")
+
+
+def test_a_launch_is_over_when_the_device_has_done_it(pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what the scheduler measures is how long it takes to queue a launch."""
+    told: list[str] = []
+    run_passes = engine_module.run_passes
+    monkeypatch.setattr(engine_module, "run_passes", lambda *given: told.append("passes") or run_passes(*given))
+    monkeypatch.setattr(engine_module, "clock_of", lambda device: LateDevice(told))
+    work = Work(pipe.stream(PROMPTS[0], steps=2))
+    work.begin()
+    assert not Engine(pipe).forward([work])
+    assert told == ["passes", "mark", "reached"]

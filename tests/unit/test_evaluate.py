@@ -308,7 +308,7 @@ def test_a_part_of_the_world(in_tmp_path: Path, model: str, monkeypatch: pytest.
         (("--cache", "far"), "--cache 'far' does not exist; there are: relative, window, ema_sink"),
         (("--cache-dtype", "int4"), "--cache-dtype 'int4' does not exist; there are: int8, fp8"),
         (("--cache", "ema_sink", "--cache-dtype", "int8"), "the averages of ema_sink need the model's own dtype"),
-        (("--weights-dtype", "fp8"), "--weights-dtype 'fp8' does not exist; there are: int8"),
+        (("--weights-dtype", "int4"), "--weights-dtype 'int4' does not exist; there are: int8, fp8"),
     ],
 )
 def test_mistakes(

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamgen import attention, grid
-from streamgen.attention import Layout, Place, visible
+from streamgen import grid, visibility
 from streamgen.geometry import VideoGeometry
 from streamgen.grid import CLEAN, Cell, Grid, Read, held, needs, producer, reads, same_level, together
+from streamgen.visibility import Layout, Place, visible
 
 
 def geometry(block_frames: int = 3, first: int | None = None) -> VideoGeometry:
@@ -19,7 +19,7 @@ def geometry(block_frames: int = 3, first: int | None = None) -> VideoGeometry:
 
 
 def test_the_same_visibilities_as_attention() -> None:
-    assert grid.VISIBILITIES == attention.VISIBILITIES
+    assert grid.VISIBILITIES == visibility.VISIBILITIES
 
 
 def test_no_torch(run_python: Callable[..., CompletedProcess[str]]) -> None:
@@ -34,7 +34,7 @@ CASES = [("clean", 1), ("same_level", 1), ("latest", 1), ("lagged", 1), ("lagged
 
 
 def seen_frames(g: Grid, cell: Cell) -> dict[bool, set[int]]:
-    """Clean copy? -> the frames that `attention.visible` shows to the block of a cell, in a clip that ends with it."""
+    """Clean copy? -> the frames that `visibility.visible` shows to the block of a cell, in a clip that ends with it."""
     joint = g.visibility == "joint" and cell.kind == "step"
     newest = cell.block + cell.step if joint else cell.block
     last = min(newest, BLOCKS - 1)

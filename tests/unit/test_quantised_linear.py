@@ -1,6 +1,7 @@
 """Weights in one byte: the product is that of the codes, its error is bounded, and streams run on it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +11,34 @@ from torch import Tensor
 
 from streamgen import StreamPipeline
 from streamgen import quantised_linear as module
+from streamgen.cache.quantised import STORAGES
 from streamgen.errors import UserError
 from streamgen.linear import Linear
 from streamgen.quantised_linear import (
+    WEIGHTS_DTYPES,
     QuantisedLinear,
+    WholeInputLinear,
     bytes_saved,
     cpu_multiplies_bytes,
-    integer_product,
+    product_of_codes,
     quantise_rows,
     quantise_weights,
     weight_bytes,
+    widened,
 )
+from streamgen.resources import model_path
 from streamgen.transformer import Block, Call, CausalWanModel, TransformerConfig
+from streamgen_infer import stream_options
 from tests.command_line import STAR, one_line, stream_command
 from tests.tiny_model import save_tiny_model
 
 CONFIG = TransformerConfig(
     dim=64, ffn_dim=128, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=8, text_len=7
 )
-ERROR = 0.012
-"""Of an output, relative: half a code of 127 in each of two factors, for values spread as the normal ones are."""
+ERROR = {"int8": 0.012, "fp8": 0.045}
+"""Of an output, relative, for values spread as the normal ones are: half a code of 127 in each of two factors; half a
+step of three bits of mantissa in each.
+"""
 
 
 def example(rows: int, inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Linear]:
@@ -53,15 +62,22 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2.0**-8)])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 24, 40), (40, 64, 24), (33, 1536, 17)])
+@pytest.mark.parametrize("name", [*WEIGHTS_DTYPES, "inputs whole"])
 def test_the_product_is_that_of_the_codes(
-    dtype: torch.dtype, tolerance: float, rows: int, inputs: int, outputs: int
+    name: str, dtype: torch.dtype, tolerance: float, rows: int, inputs: int, outputs: int
 ) -> None:
     x, layer = example(rows, inputs, outputs, dtype)
-    quantised = QuantisedLinear(layer)
-    codes, scale = quantise_rows(x)
-    left, right = codes.double() * scale.double(), quantised.weight.double() * quantised.scale.double()[:, None]
+    if name == "inputs whole":
+        quantised: QuantisedLinear = WholeInputLinear(layer)
+        left = x.double()
+    else:
+        quantised = QuantisedLinear(layer, name)
+        codes, scale = quantise_rows(x, STORAGES[name])
+        left = codes.double() * scale.double()
+    right = quantised.weight.double() * quantised.scale.double()[:, None]
     bias = layer.bias.detach().double()
-    written_out, rounded = left @ right.T + bias, 6e-8 * left.abs() @ right.T.abs()  # sums beyond 2^24, in floats
+    ulps = 1 if name == "int8" else 6  # int8: of sums beyond 2^24; the others round every partial sum
+    written_out, rounded = left @ right.T + bias, 6e-8 * ulps * left.abs() @ right.T.abs()
     out = quantised(x)
     assert out.dtype == dtype and out.shape == (rows, outputs)
     assert ((out.double() - written_out).abs() <= tolerance * (written_out.abs() + bias.abs()) + rounded).all()
@@ -76,6 +92,28 @@ def test_gelu_is_applied_to_the_sums(dtype: torch.dtype, tolerance: float) -> No
     out = quantised.gelu(x)
     assert out.dtype == dtype and ((out.double() - exact).abs() <= tolerance * (1 + exact.abs())).all()
     assert out.isfinite().all() and exact.abs().max() > 100  # far out it is x, or nothing
+
+
+def test_every_code_of_float8_is_widened_to_its_value() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()]
+    assert len(codes) == 254 and torch.equal(widened(codes) * 2**8, codes.float())
+
+
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+def test_the_error_of_a_layer(name: str) -> None:
+    """Of whole rows: int8 0.9 %, float8 3.6 %, weights alone in int8 0.6 %."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(320, 96, bias=False)
+    torch.nn.init.normal_(layer.weight, generator=generator)
+    x = torch.randn(64, 320, generator=generator) * torch.logspace(-2, 2, 64)[:, None]
+    exact = layer(x)
+
+    def error(quantised: QuantisedLinear) -> float:
+        return float(((quantised(x) - exact).norm(dim=1) / exact.norm(dim=1)).mean().detach())
+
+    assert 0.7 * ERROR[name] < error(QuantisedLinear(layer, name)) < ERROR[name]
+    assert error(WholeInputLinear(layer)) < 0.6 * ERROR["int8"]
 
 
 def test_codes_are_within_half_of_one_of_the_weight() -> None:
@@ -106,7 +144,7 @@ def test_both_ways_give_the_same_whole_numbers() -> None:
     exact = x.long() @ w.long().T
     x[0], w[0] = 127, -127  # the largest sum of so many
     exact[0, :], exact[:, 0] = x[0].long() @ w.long().T, x.long() @ w[0].long()
-    assert torch.equal(integer_product(x, w).long(), exact)
+    assert torch.equal(product_of_codes(x, w).long(), exact)
     assert torch.equal(torch.nn.functional.linear(x.float(), w.float()).long(), exact)
 
 
@@ -125,7 +163,8 @@ def test_the_processor_is_asked(
 
 
 @torch.no_grad()
-def test_a_block_is_off_by_a_bounded_error() -> None:
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+def test_a_block_is_off_by_a_bounded_error(name: str) -> None:
     torch.manual_seed(0)
     model = CausalWanModel(CONFIG)
     for parameter in model.parameters():
@@ -141,23 +180,60 @@ def test_a_block_is_off_by_a_bounded_error() -> None:
         return block(x, e0, kv[0], 0, call) - x
 
     exact = added()
-    assert quantise_weights(model, "int8") > 0
-    assert 1e-4 < (added() - exact).norm() / exact.norm() < 2 * ERROR
+    assert quantise_weights(model, name) > 0
+    assert 1e-4 < (added() - exact).norm() / exact.norm() < 2 * ERROR[name]
 
 
-def test_which_layers_and_how_many_bytes() -> None:
-    model = CausalWanModel(CONFIG)
+@torch.no_grad()
+def test_the_modulation_is_nearly_as_it_was() -> None:
+    """Every layer gets it: inputs stay whole on its way, so that the error is that of weights alone."""
+    torch.manual_seed(0)
+    model = CausalWanModel(replace(CONFIG, pooled_text=True))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    words = torch.randn(1, 1, 7, 8)
+
+    def modulation() -> Tensor:
+        return model.time_projection(model.embed_time(torch.tensor([[625.0]]), model.encode_text(words), 1, 1))
+
+    exact = modulation()
+    quantise_weights(model, "fp8")
+    assert 1e-4 < (modulation() - exact).norm() / exact.norm() < 0.8 * ERROR["int8"]
+
+
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_which_layers_and_how_many_bytes(name: str, dtype: torch.dtype, pooled: bool) -> None:
+    config = replace(CONFIG, pooled_text=pooled)
+    model = CausalWanModel(config).to(dtype)
     names = {name for name, layer in model.named_modules() if type(layer) is Linear}
     before = weight_bytes(model)
-    saved = quantise_weights(model, "int8")
-    quantised = {name for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
-    assert quantised == {name for name in names if name.startswith("blocks.")} and len(quantised) == 10
-    assert {name for name in names - quantised if "embedding" not in name} == {"head.head", "time_projection.1"}
-    weights, outputs = 8 * 64 * 64 + 2 * 64 * 128, 9 * 64 + 128
-    assert saved == before - weight_bytes(model) == weights * (4 - 1) - 4 * outputs
-    assert saved == bytes_saved(CONFIG, 4)
-    assert quantise_weights(model, "int8") == 0
-    with pytest.raises(ValueError, match="weights dtype 'int4' does not exist; there are: int8"):
+    saved = quantise_weights(model, name)
+    kinds = {place: type(layer) for place, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert names - kinds.keys() == {"head.head"}
+    products = {place for place, kind in kinds.items() if kind is QuantisedLinear}
+    assert products == {name for name in names if name.startswith("blocks.")} and len(products) == 10
+    assert {model.get_submodule(place).weight.dtype for place in products} == {STORAGES[name].dtype}
+    assert {model.get_submodule(place).weight.dtype for place in kinds.keys() - products} == {torch.int8}
+    assert saved == before - weight_bytes(model) == bytes_saved(config, dtype.itemsize)
+    assert quantise_weights(model, name) == 0
+
+
+def test_the_shipped_model_takes_half() -> None:
+    """By count, its tables of modulation and place beside: 1.96 times less than bf16 (the target is 1.9)."""
+    config = json.loads((model_path("sprites") / "transformer" / "config.json").read_text())
+    del config["_class_name"]
+    sizes = TransformerConfig(**config)
+    with torch.device("meta"):
+        whole = weight_bytes(CausalWanModel(sizes).to(torch.bfloat16))
+    assert whole / (whole - bytes_saved(sizes, 2)) > 1.95
+
+
+def test_names() -> None:
+    assert stream_options.WEIGHTS_DTYPES == WEIGHTS_DTYPES == ("int8", "fp8")
+    model = CausalWanModel(CONFIG)
+    with pytest.raises(ValueError, match="weights dtype 'int4' does not exist; there are: int8, fp8"):
         quantise_weights(model, "int4")
 
 
@@ -171,52 +247,60 @@ def frames(pipe: StreamPipeline, blocks: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_stream_is_near_and_deterministic(folder: Path, dtype: str) -> None:
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+def test_a_stream_is_near_and_deterministic(folder: Path, dtype: str, name: str) -> None:
+    """Off by 0.1 to 0.4 of 255 on average."""
     plain = frames(StreamPipeline.from_pretrained(folder, dtype=dtype))
-    one, again = (frames(StreamPipeline.from_pretrained(folder, dtype=dtype, weights_dtype="int8")) for _ in range(2))
+    one, again = (frames(StreamPipeline.from_pretrained(folder, dtype=dtype, weights_dtype=name)) for _ in range(2))
     assert np.array_equal(one, again) and not np.array_equal(one, plain)
-    assert np.abs(one.astype(int) - plain).mean() < 3
+    assert np.abs(one.astype(int) - plain).mean() < 1
 
 
-def test_a_state_goes_on_with_the_weights_it_was_made_with(folder: Path) -> None:
-    plain, small = (StreamPipeline.from_pretrained(folder, dtype="fp32", weights_dtype=w) for w in (None, "int8"))
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+def test_a_state_goes_on_with_the_weights_it_was_made_with(folder: Path, name: str) -> None:
+    plain, small = (StreamPipeline.from_pretrained(folder, dtype="fp32", weights_dtype=w) for w in (None, name))
     stream = small.stream(STAR, seed=5)
     next(stream)
     saved = stream.state_dict()
     assert np.array_equal(next(small.resume(saved)).frames, next(stream).frames)
-    with pytest.raises(UserError, match="made with weights in int8, this model has them in the model's own dtype"):
+    with pytest.raises(UserError, match=f"made with weights in {name}, this model has them in the model's own dtype"):
         plain.resume(saved)
-    with pytest.raises(UserError, match="made with weights in the model's own dtype, this model has them in int8"):
+    with pytest.raises(UserError, match=f"made with weights in the model's own dtype, this model has them in {name}"):
         small.resume(plain.stream(STAR).state_dict())
-    older = {name: value for name, value in plain.stream(STAR).state_dict().items() if name != "weights_dtype"}
+    older = {name: value for name, value in plain.stream(STAR).state_dict().items() if not name.startswith("weights_")}
     plain.resume(older)
+    for older in ({**saved, "weights_layout": 1}, {k: v for k, v in saved.items() if k != "weights_layout"}):
+        with pytest.raises(UserError, match=f"made with weights in {name} of layout 1, this version keeps them in"):
+            small.resume(older)
 
 
-def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
-    pipe = StreamPipeline.from_pretrained(folder, dtype="fp32", weights_dtype="int8")
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+def test_what_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    pipe = StreamPipeline.from_pretrained(folder, dtype="fp32", weights_dtype=name)
     with pytest.raises(UserError, match="adapters are merged into whole weights; load the model without"):
         pipe.load_lora(tmp_path / "style.safetensors")
-    with pytest.raises(UserError, match="the weights are kept as int8; load the model without it to save it"):
+    with pytest.raises(UserError, match=f"the weights are kept as {name}; load the model without it to save it"):
         pipe.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-    with pytest.raises(UserError, match="unknown weights_dtype 'int4'; there are: int8"):
+    with pytest.raises(UserError, match="unknown weights_dtype 'int4'; there are: int8, fp8"):
         StreamPipeline.from_pretrained(folder, weights_dtype="int4")
 
 
-def test_the_command(in_tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", WEIGHTS_DTYPES)
+def test_the_command(in_tmp_path: Path, folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> int:
         return stream_command(str(folder))(*arguments, "-q")
 
-    small = ("--weights-dtype", "int8")
+    small = ("--weights-dtype", name)
     assert run(STAR, "--out", "a.y4m", "--report", "a.json", "--save-state", "s", *small) == 0
-    assert json.loads(Path("a.json").read_text())["weights_dtype"] == "int8"
+    assert json.loads(Path("a.json").read_text())["weights_dtype"] == name
     assert run("--resume", "s", "--out", "b.y4m", "--report", "b.json") == 0  # takes them over
-    assert json.loads(Path("b.json").read_text())["weights_dtype"] == "int8"
+    assert json.loads(Path("b.json").read_text())["weights_dtype"] == name
     assert run(STAR, "--out", "c.y4m", "--save-state", "t") == 0
     capsys.readouterr()
     for arguments, message in (
         (("--resume", "t", *small), "made with weights in the model's own dtype"),
-        ((STAR, "--weights-dtype", "int4"), "--weights-dtype 'int4' does not exist; there are: int8"),
+        ((STAR, "--weights-dtype", "int4"), "--weights-dtype 'int4' does not exist; there are: int8, fp8"),
         ((STAR, *small, "--ranks", "2", "--schedule", "step_chain"), "--weights-dtype is for one rank"),
     ):
         assert run(*arguments, "--out", "d.y4m") == 2

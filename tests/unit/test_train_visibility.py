@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from streamgen import flow
-from streamgen.attention import Visibility
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.errors import UserError
 from streamgen.pipeline import SchedulerConfig
 from streamgen.rope import apply_rope, rope_table
+from streamgen.visibility import Visibility
 from streamgen_train.clips import Kind
 from streamgen_train.config import from_dict
 from streamgen_train.loop import train

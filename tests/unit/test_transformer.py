@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamgen.attention import block_causal_mask, teacher_forcing_mask
 from streamgen.ops import Ops, select
 from streamgen.rope import apply_rope, rope_table
 from streamgen.transformer import CausalWanModel, TransformerConfig, sinusoid
+from streamgen.visibility import block_causal_mask, teacher_forcing_mask
 
 SMALL = {
     "dim": 48,
@@ -269,6 +269,45 @@ def test_one_level_for_all_frames(batch):
     one = model(latents, timestep[:, :1], context, rope=table(range(6)))
     each = model(latents, timestep[:, :1].expand(-1, 6), context, rope=table(range(6)))
     torch.testing.assert_close(one, each, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_what_a_level_needs_is_made_once_for_a_prompt():
+    torch.manual_seed(0)
+    model = make(pooled_text=True)
+    embedded = []
+    model.time_embedding.register_forward_hook(lambda *_: embedded.append(1))
+    latents, _, rows = inputs(2, batch=1)
+    text, other = model.encode_text(rows), model.encode_text(rows + 1)
+    assert text.levels == {} and other.levels is not text.levels
+    wanted = {}
+    for at, context in (("a", text), ("b", other)):
+        for level in (937.5, 500.0):
+            nothing_kept = context._replace(levels=None)
+            wanted[at, level] = model(latents, torch.tensor([[level]]), nothing_kept, rope=table(range(2)))
+    assert len(embedded) == 4
+    for _ in range(3):
+        for (at, level), out in wanted.items():
+            context = text if at == "a" else other
+            assert torch.equal(model(latents, torch.tensor([[level]]), context, rope=table(range(2))), out)
+    assert len(embedded) == 8 and set(text.levels) == set(other.levels) == {937.5, 500.0}
+    assert not torch.equal(wanted["a", 500.0], wanted["b", 500.0])
+
+
+def test_levels_are_kept_for_a_stream_alone_and_without_gradients():
+    model = make(pooled_text=True)
+    one, two = inputs(2, batch=1), inputs(2, batch=2)
+    level = torch.tensor([[500.0]])
+    for latents, timestep, rows, grad in (
+        (two[0], level.expand(2, 1), two[2], False),
+        (one[0], torch.rand(1, 2), one[2], False),
+        (one[0], level, inputs(2, batch=1, groups=2)[2], False),
+        (one[0], level, one[2], True),
+    ):
+        with torch.set_grad_enabled(grad):
+            text = model.encode_text(rows)
+            model(latents, timestep, text, rope=table(range(2)))
+        assert text.levels == {}
 
 
 def test_new_model_predicts_zero_and_ignores_the_pooled_text():

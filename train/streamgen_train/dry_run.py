@@ -81,6 +81,12 @@ def _devices(train: TrainConfig, objective: Objective, state: int) -> list[str]:
         memory = (state / shards + frozen + working) / 1e9
         times = [flops / (count * rate) for rate in (speed, *DEVICES.values())]
         lines.append(f"  {count:>8} {memory:>10,.2f} {times[0]:>15,.2f} " + " ".join(f"{t:>42,.3f}" for t in times[1:]))
+    if objective.recompute == "auto":
+        least = objective.least_working_bytes(dtype.itemsize)
+        lines.append(
+            f"  objective.recompute=auto: activations {working / 1e9:,.2f} GB with no layer recomputed,"
+            f" {least / 1e9:,.2f} GB and a third more time with all; a run takes the fewest layers that fit"
+        )
     lines.append(f"  'here' is this CPU at the {speed / 1e9:,.0f} GFLOP/s of a large matrix product, times the devices")
     return lines
 

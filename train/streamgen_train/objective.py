@@ -5,10 +5,10 @@ mathematics.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from streamgen.costs import Work
 from streamgen.errors import UserError
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer import CausalWanModel, TransformerConfig
 
 Modules = Mapping[str, nn.Module]
 MODEL = "model"
@@ -38,6 +38,16 @@ class Turn:
     """Number of the microbatch in the step, counted over all processes."""
 
 
+class HeaviestPass(NamedTuple):
+    """Of the passes without a cache that a step differentiates, the one that keeps most for its backward."""
+
+    model: CausalWanModel
+    run: Callable[[], Tensor]
+    """On clips of zeros: draws no random numbers, reads no data."""
+    size: str
+    """What makes it so large, as a person set it: "objective.clips=4"."""
+
+
 class Objective(ABC):
     """A loss with the modules it trains and the data it needs.
 
@@ -57,6 +67,8 @@ class Objective(ABC):
     dtype: torch.dtype = torch.float32
     run_dir: Path | None = None
     """The run's folder, set before `prepare`: what is found on the way may be noted there."""
+    recompute: int | Literal["auto"] = 0
+    """Layers whose activations are made again in the backward; auto: the run measures how many (`activations.py`)."""
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
@@ -111,6 +123,23 @@ class Objective(ABC):
         for module in modules.values():
             module.compile(dynamic=False)
 
+    def transformers(self) -> dict[str, CausalWanModel]:
+        """Every transformer that a step runs, trained or frozen, by name."""
+        return {name: module for name, module in self.modules().items() if isinstance(module, CausalWanModel)}
+
+    def recompute_layers(self, count: int) -> None:
+        """From now on the first so many layers of each transformer are recomputed in the backward."""
+        for model in self.transformers().values():
+            model.recomputed_layers = count
+
+    def heaviest_pass(self) -> HeaviestPass | None:
+        """What `recompute="auto"` measures; None: there is nothing to choose."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What the start of a run should say, once everything is prepared and compiled."""
+        return []
+
     def after_step(self, step: int) -> None:  # noqa: B027 (doing nothing is a valid answer)
         """Called after the optimiser and EMA updates of `step`."""
 
@@ -131,6 +160,10 @@ class Objective(ABC):
     def working_bytes(self, bytes_per_value: int) -> float:
         """Activations and caches of a microbatch, about; for `dry_run`."""
         return 0.0
+
+    def least_working_bytes(self, bytes_per_value: int) -> float:
+        """The same with every layer recomputed that `recompute="auto"` may choose."""
+        return self.working_bytes(bytes_per_value)
 
     def frozen_parameters(self) -> dict[str, int]:
         """Numbers of parameters that are held and not trained, besides those of `modules`; for `dry_run`."""

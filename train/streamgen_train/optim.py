@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from streamgen.parallel.tensors import like, whole
+from streamgen.parallel.tensors import like, local, whole
 from streamgen_train.config import OptimConfig, ScheduleConfig
 from streamgen_train.precision import DTYPES, fastest_seconds
 
@@ -159,6 +159,13 @@ class Optimizer:
                 moments = self.adamw.state.get(self._masters[name], {})
                 found |= {f"adamw/{name}/{moment}": tensor for moment, tensor in moments.items()}
         return found
+
+    def bytes_to_come(self) -> int:
+        """Of the moments that the first step makes."""
+        if self.adamw is None:
+            return 0
+        masters = [self._masters[name] for name in self._adamw_names]
+        return sum(2 * local(master).nbytes for master in masters if master not in self.adamw.state)
 
     def prepare_for(self, names: Collection[str]) -> None:
         """Make room for the moments of a state that has these names; a parameter that never learned has none."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from streamgen.errors import UserError
 from streamgen.parallel.processes import ALONE, Processes
 from streamgen.parallel.tensors import by_kind, local, whole
-from streamgen_train import checkpoint
+from streamgen_train import activations, checkpoint
 from streamgen_train.config import OptimConfig, TrainConfig
 from streamgen_train.distributed import (
     average_gradients,
@@ -86,10 +86,13 @@ class Trainer:
         if saved is not None:
             self._load(saved)
             self.notes.append(f"continuing from {saved.path}, step {self.step}")
+        self.notes += activations.fit(objective, self.device, self._bytes_to_come(), processes)
+        self._release()
         if config.compile:
             objective.compile(self.modules)
             if objective.needs_ema:
                 objective.compile(self.ema.modules)
+        self.notes += objective.notes()
 
     def _choose_precision(self, saved: Saved | None) -> str:
         if self.config.precision != "auto":
@@ -116,6 +119,12 @@ class Trainer:
         choice = self.processes.from_first(probe_newton_schulz(shapes, self.device))
         self.notes.append(f"Muon on {len(shapes)} matrices; Newton-Schulz is faster in {choice}")
         return choice
+
+    def _bytes_to_come(self) -> int:
+        """Gradients, of parameters and of masters apart from them, and moments that are not there yet."""
+        masters, params = self.masters.tensors, self.masters.params
+        grads = sum(local(t).nbytes for t in masters.values()) + sum(params[n].nbytes for n in self.masters.apart)
+        return grads + sum(player.optimizer.bytes_to_come() for player in self.players.values())
 
     def train_step(self) -> dict[str, float]:
         """The turns of one step, in order; -> loss, metrics and gradient norm of each player that had one, and the

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 
 from streamgen import __version__
-from streamgen.attention import attend
+from streamgen.attention import BACKENDS, attend
+from streamgen.attention_choice import STREAMED
 from streamgen.capture import Captures
 from streamgen.clocks import Clock, clock_of
 from streamgen.codecs.taehv import TaehvCodec
 from streamgen.costs import pass_shapes
 from streamgen.errors import UserError
-from streamgen.float8_linear import use_float8
-from streamgen.kernel_choice import NOT_IN_THE_TABLE
+from streamgen.kernel_choice import NOT_IN_THE_TABLE, float8_product
 from streamgen.ops import select
+from streamgen.quantised_linear import quantise_weights
 from streamgen.transformer import CausalWanModel
 from streamgen_infer.bench.bound import Bound
 from streamgen_infer.bench.cuda_blocks import Bench, Blocks, Setting, random_codec, random_model, wan
@@ -40,8 +41,6 @@ from streamgen_infer.sinks import check_place
 
 SUITE = "wan_1_3b"
 DEFAULT_BLOCKS = 8
-ATTENTION = ("sdpa", "cudnn", "triton")
-"""Backends that are timed; the fastest that is right runs the blocks."""
 LONGEST_S = 420.0
 """After this no further setting is begun, so that the command stays under 8 minutes."""
 
@@ -157,7 +156,7 @@ def _in_table(row: Row) -> bool:
 
 
 def attention_ms(bench: Bench, wrong: set[str]) -> dict[str, float]:
-    """Milliseconds of one layer's self-attention over the longest window, by each backend that is right."""
+    """Milliseconds of one layer's self-attention over the longest window, by each backend that is here and right."""
     config, g = bench.config, bench.geometry
     queries, keys = g.tokens(g.block_frames), g.tokens(max(one.window_frames for one in bench.settings))
     q, k, v = (
@@ -166,8 +165,8 @@ def attention_ms(bench: Bench, wrong: set[str]) -> dict[str, float]:
     )
     return {
         name: device_ms(lambda name=name: attend(q, k, v, None, name), bench.device)  # type: ignore[misc]
-        for name in ATTENTION
-        if f"attention {name}" not in wrong
+        for name in STREAMED
+        if f"attention {name}" not in wrong and not BACKENDS[name].problem(bench.device, bench.dtype)
     }
 
 
@@ -175,8 +174,8 @@ def measure_setting(
     bench: Bench, setting: Setting, model: CausalWanModel, codec: TaehvCodec, blocks: int
 ) -> dict[str, Any]:
     """Medians over `blocks` blocks with a full window, after the window was filled and the passes recorded."""
-    if setting.weights_dtype == "fp8":
-        use_float8(model)
+    if setting.weights_dtype is not None:
+        quantise_weights(model, setting.weights_dtype, float8_product(model.ops, bench.device))
     clock, on_gpu = clock_of(bench.device), bench.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(bench.device)

@@ -37,7 +37,7 @@ class Setting:
     policy: str = "window"
     cache_dtype: str | None = None
     weights_dtype: Literal["fp8"] | None = None
-    """Of the products, weights and inputs (`streamgen.float8_linear`); in the model once, they stay so."""
+    """Of the products, weights and inputs (`streamgen.quantised_linear`); in the model once, they stay so."""
     target_ms: float | None = None
     """Per block; what was aimed at on an H200."""
 

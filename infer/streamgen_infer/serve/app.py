@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from streamgen_infer.arguments import Device, Json, Model, Overwrite, Threads
-from streamgen_infer.stream_options import DTYPES
+from streamgen_infer.stream_options import DTYPES, WEIGHTS_DTYPES
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -41,6 +41,9 @@ def serve(
     model: Model = "sprites",
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES) + "; auto takes the faster one here")] = "auto",
+    weights_dtype: Annotated[
+        str | None, typer.Option(help=" | ".join(WEIGHTS_DTYPES) + ": half the weights' memory")
+    ] = None,
     threads: Threads = None,
     save_dir: Annotated[
         Path | None, typer.Option(help="Keep sessions there, over restarts and kills.", metavar="DIR")
@@ -69,6 +72,7 @@ def serve(
         model=model,
         device=device,
         dtype=dtype,
+        weights_dtype=weights_dtype,
         threads=threads,
         save_dir=save_dir,
         save_every_s=save_every,

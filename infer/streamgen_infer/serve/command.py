@@ -127,7 +127,11 @@ def build_runtime(options: Options, memory_bytes: int | None = None) -> Any:
     from streamgen_infer.runtime import Runtime
 
     pipe = StreamPipeline.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, threads=options.threads
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        weights_dtype=options.weights_dtype,
     )
     keep_loaded()
     return Runtime(pipe, max_streams=options.max_streams, admission=options.admission, memory_bytes=memory_bytes)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from streamgen.errors import UserError
 from streamgen_infer.serve.limits import Tokens, check_bind, read_tokens
-from streamgen_infer.stream_options import DTYPES, check_device
+from streamgen_infer.stream_options import DTYPES, WEIGHTS_DTYPES, check_choices, check_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class Options:
     model: str = "sprites"
     device: str = "cpu"
     dtype: str = "auto"
+    weights_dtype: str | None = None
     threads: int | None = None
     save_dir: Path | None = None
     save_every_s: float = 5.0
@@ -59,8 +60,7 @@ def check(options: Options) -> Tokens:
     ):
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; it must be {low} to {high}")
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype!r} does not exist; there are: {', '.join(DTYPES)}")
+    check_choices(("--dtype", options.dtype, DTYPES), ("--weights-dtype", options.weights_dtype, WEIGHTS_DTYPES))
     check_device(options.device)
     _check_engine(options)
     for origin in options.origins:

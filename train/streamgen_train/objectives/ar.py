@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import Layout, Visibility, mask_of
 from streamgen.card import SchedulerConfig
 from streamgen.embedded_text import EmbeddedText
 from streamgen.rope import rope_table
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel
+from streamgen.visibility import Layout, Visibility, frame_mask, mask_of
 from streamgen_train.objective import Turn
 from streamgen_train.objectives import flow_matching
 from streamgen_train.objectives.flow_matching import VALIDATION_SIGMAS, FlowMatching
@@ -96,8 +96,8 @@ class ArObjective(FlowMatching):
         return View(visibility, lag_blocks=self.config.lag_blocks if visibility == "lagged" else 1)
 
     def tables(self, blocks: int, view: View = CLEAN) -> tuple[tuple[Tensor, Tensor], Any]:
-        """Rotary table and mask (as the attention backend takes it) of a clip of `blocks` blocks: of [clean | noisy], or
-        of the noisy copy for views without a clean one. No mask: all frames see all.
+        """Rotary table and mask (as the attention backend takes it) of a clip of `blocks` blocks: of [clean | noisy],
+        or of the noisy copy for views without a clean one. No mask: all frames see all.
         """
         if (blocks, view) not in self._tables:
             g, c = self.config.geometry, self.config
@@ -114,8 +114,20 @@ class ArObjective(FlowMatching):
         """Of the visibility that has the largest share."""
         c = self.config
         most = max(c.visibility, key=lambda name: c.visibility[name])
-        view = whole_windows(blocks, c.joint_blocks) if most == "joint" else self.view(most)
-        return view.layout(blocks, c.geometry, c.window_frames, c.sink_frames)
+        return self._whole_view(most, blocks).layout(blocks, c.geometry, c.window_frames, c.sink_frames)
+
+    def _whole_view(self, visibility: Visibility, blocks: int) -> View:
+        """Of every visibility; joint windows begin with the clip."""
+        return whole_windows(blocks, self.config.joint_blocks) if visibility == "joint" else self.view(visibility)
+
+    def heaviest_view(self, blocks: int) -> View:
+        c = self.config
+
+        def cost(view: View) -> tuple[int, int]:
+            layout = view.layout(blocks, c.geometry, c.window_frames, c.sink_frames)
+            return len(layout.copies), int(frame_mask(layout).sum())
+
+        return max((self._whole_view(name, blocks) for name, share in c.visibility.items() if share > 0), key=cost)
 
     def predict_x0(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from streamgen.attention import Visibility
+from streamgen.visibility import Visibility
 from streamgen_train.objectives import ar
 
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from streamgen import flow
-from streamgen.attention import Layout
-from streamgen.costs import TRAINED, Work, activation_bytes
+from streamgen.costs import Work, activation_bytes, trained_factor
 from streamgen.transformer import TransformerConfig
-from streamgen_train.objective import Turn
+from streamgen.visibility import Layout
+from streamgen_train.clips import Kind
+from streamgen_train.objective import HeaviestPass, Turn
 from streamgen_train.objectives import video
 from streamgen_train.objectives.video import Batch, VideoObjective
+from streamgen_train.objectives.views import CLEAN, View
 
 VALIDATION_SIGMAS = (1.0, 0.95, 0.85, 0.6)
 
@@ -73,11 +75,9 @@ class FlowMatching(VideoObjective):
 
     def work(self) -> list[tuple[TransformerConfig, Work]]:
         c = self.config
-        longer = (1 - c.single_share) * c.clips
-        whole = self.clip_work(
-            "clips, forward and backward", longer, c.clip_blocks, self.layout(c.clip_blocks), TRAINED
-        )
-        single = self.clip_work("single blocks", c.single_share * c.single_clips, 1, None, TRAINED)
+        longer, factor = (1 - c.single_share) * c.clips, trained_factor(c.model, self.recomputed)
+        whole = self.clip_work("clips, forward and backward", longer, c.clip_blocks, self.layout(c.clip_blocks), factor)
+        single = self.clip_work("single blocks", c.single_share * c.single_clips, 1, None, factor)
         return [(c.model, work) for work in (whole, single) if work.passes]
 
     def layout(self, blocks: int) -> Layout | None:
@@ -85,9 +85,51 @@ class FlowMatching(VideoObjective):
         return None
 
     def working_bytes(self, bytes_per_value: int) -> float:
+        return self._clips_bytes(self.recomputed, bytes_per_value)
+
+    def least_working_bytes(self, bytes_per_value: int) -> float:
+        return self._clips_bytes(self.config.model.num_layers, bytes_per_value)
+
+    def _clips_bytes(self, recomputed: int, bytes_per_value: int) -> float:
+        clips, blocks = self.largest_batch()
+        tokens = clips * self._most_tokens(blocks)
+        return activation_bytes(
+            self.config.model, tokens, recomputed_layers=recomputed, bytes_per_value=bytes_per_value
+        )
+
+    # -- the largest batch ----------------------------------------------------------------------
+
+    def largest_batch(self) -> tuple[int, int]:
+        """(clips, blocks of each) of the batch that has most tokens."""
         c = self.config
-        work = self.clip_work("", 1, c.clip_blocks, self.layout(c.clip_blocks), TRAINED)
-        return c.clips * activation_bytes(c.model, work.tokens, checkpointed=False, bytes_per_value=bytes_per_value)
+        sizes = [(c.clips, c.clip_blocks)]
+        if c.data is None and (c.single_share > 0 or c.single_until > 0):
+            sizes.append((c.single_clips, 1))
+        return max(sizes, key=lambda size: size[0] * self._most_tokens(size[1]))
+
+    def heaviest_view(self, blocks: int) -> View | None:
+        """What noisy blocks see in those clips of several blocks that cost most; None: everything sees everything."""
+        return None
+
+    def _most_tokens(self, blocks: int) -> int:
+        """Of a clip in one pass."""
+        c, view = self.config, self.heaviest_view(blocks) if blocks > 1 else None
+        layout = None if view is None else view.layout(blocks, c.geometry, c.window_frames, c.sink_frames)
+        return self.clip_work("", 1, blocks, layout, 1.0).tokens
+
+    def heaviest_pass(self) -> HeaviestPass:
+        g, (clips, blocks) = self.config.geometry, self.largest_batch()
+        x0 = torch.zeros(clips, g.block_start(blocks), g.latent_channels, g.latent_height, g.latent_width)
+        x0 = x0.to(self.device)
+        ids = self.text.ids([""] * clips)[:, None].expand(-1, blocks, -1).to(self.device)
+        scored = torch.ones(clips, blocks, device=self.device)
+        kind: Kind = "single" if blocks == 1 else "story"
+        batch = Batch(x0, ids, ids, scored, kind, (self.heaviest_view(blocks) if blocks > 1 else None) or CLEAN)
+        sigma_BF = torch.ones(x0.shape[:2], device=self.device)
+        key = "single_clips" if (clips, blocks) != (self.config.clips, self.config.clip_blocks) else "clips"
+        return HeaviestPass(
+            self.model, lambda: self.predict_x0(self.modules(), batch, x0, sigma_BF), f"objective.{key}={clips}"
+        )
 
     def validate(self, step: int, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Error of x0 at fixed noise levels, for a block from nothing and for a clip.

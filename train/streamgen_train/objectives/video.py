@@ -8,20 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamgen.attention import Layout, check_backend, check_trainable, check_window, frame_mask
+from streamgen.attention import check_backend, check_trainable
 from streamgen.card import SchedulerConfig
 from streamgen.codec import SpritesCodec, load_codec
 from streamgen.costs import Work
 from streamgen.embedded_text import EmbeddedText, EmbeddedTextConfig
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
+from streamgen.kernel_choice import ops_for
+from streamgen.ops import select
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.visibility import Layout, check_window, frame_mask
 from streamgen.worlds import grammar, sprites
 from streamgen_train.checkpoint import fill, load_modules
 from streamgen_train.clips import Clips, Kind, make_clips
@@ -69,6 +73,12 @@ class Config:
     """Share of clips of which each word is left out with probability 0.3."""
     attention_backend: str = "sdpa"
     """A name of streamgen.attention.BACKENDS: spans under compile on a CPU, flex for long clips on a GPU."""
+    ops: Literal["auto", "reference", "triton"] = "auto"
+    """The table of operations of every transformer. auto: on a CUDA device our kernels, if each equals its reference
+    there, else plain torch; under train.compile always plain torch, which inductor fuses itself."""
+    recompute: int | Literal["auto", "all"] = "auto"
+    """Layers, from the first, that keep their input alone in a pass without a cache and run again in its backward.
+    auto: a pass of the largest batch is measured at the start, and the fewest layers that make it fit are taken."""
     init_from: str | None = None
     """Run folder or checkpoint to take the weights from."""
     validation_clips: int = 32
@@ -78,12 +88,22 @@ class Config:
     def __post_init__(self) -> None:
         check_backend(self.attention_backend)
         check_window(self.window_frames, self.sink_frames, self.geometry.block_frames)
+        layers = self.model.num_layers
+        if isinstance(self.recompute, int) and not 0 <= self.recompute <= layers:
+            raise ValueError(f"recompute is {self.recompute}; it must be in [0, {layers}], the model's layers, or auto")
         if self.clip_blocks < 1:
             raise ValueError(f"clip_blocks is {self.clip_blocks}; it must be at least 1")
         if self.codec_from is None and (self.data is None or self.data.videos is not None):
             raise ValueError("codec_from is null, but clips are to be encoded: name a codec folder, or cached latents")
         if self.data is not None and self.gap_share > 0:
             raise ValueError(f"gap_share is {self.gap_share}; only the sprites world has such clips: set it to 0")
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Where nothing has been measured: none for auto."""
+        if isinstance(self.recompute, int):
+            return self.recompute
+        return self.model.num_layers if self.recompute == "all" else 0
 
 
 @dataclass(slots=True)
@@ -105,6 +125,8 @@ class VideoObjective(Objective):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.clips_per_batch = config.clips
+        self.recomputed = config.recomputed_layers
+        self.recompute = "auto" if config.recompute == "auto" else self.recomputed
         self.model = CausalWanModel(config.model, attention_backend=config.attention_backend)
         self.text = build_text(config.text)
         self.codec: SpritesCodec | None = None
@@ -121,6 +143,10 @@ class VideoObjective(Objective):
             self._open()
             self._prepared = True
         super().prepare(device, dtype)
+        table = ops_for(self.config.ops, device)
+        for model in self.transformers().values():
+            model.ops = table
+        self.recompute_layers(self.recomputed)
         if self.codec is not None:
             self.codec.to(device, dtype)
 
@@ -151,8 +177,27 @@ class VideoObjective(Objective):
                 self.source.check_codec(c.codec_from)
 
     def compile(self, modules: Mapping[str, nn.Module]) -> None:
-        modules["transformer"].compile(dynamic=False)
+        self.compile_transformer(modules["transformer"])
         self._paint = torch.compile(sprites.paint_frames, dynamic=False)
+
+    def compile_transformer(self, model: nn.Module) -> None:
+        """In place; see `Config.ops`."""
+        if self.config.ops == "auto" and isinstance(model, CausalWanModel):
+            model.ops = select("reference")
+        model.compile(dynamic=False)
+
+    def recompute_layers(self, count: int) -> None:
+        super().recompute_layers(count)
+        self.recomputed = count
+
+    def notes(self) -> list[str]:
+        """Which table of operations runs, where there was a choice."""
+        tables: dict[str, list[str]] = {}
+        for name, model in self.transformers().items():
+            tables.setdefault(model.ops.backend, []).append(name)
+        if self.config.ops == "auto" and self.device.type != "cuda":
+            return []
+        return ["operations: " + "; ".join(f"{table} ({', '.join(names)})" for table, names in tables.items())]
 
     # -- data ---------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamgen.attention import VISIBILITIES, Layout, Visibility, check_window
 from streamgen.geometry import VideoGeometry
+from streamgen.visibility import VISIBILITIES, Layout, Visibility, check_window
 
 NOISY_CONTEXT: tuple[Visibility, ...] = ("same_level", "latest")
 """Visibilities for which the clean copy of a clip is not needed."""
