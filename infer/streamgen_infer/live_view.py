@@ -52,6 +52,9 @@ class View(Protocol):
     def note(self, line: str) -> None:
         """A line that stays."""
 
+    def progress(self, line: str, done: int, of: int) -> None:
+        """Some steps of so many are done, before there are frames."""
+
     def update(self, status: Status) -> None: ...
 
     def close(self) -> None: ...
@@ -61,6 +64,9 @@ class Quiet:
     """Nothing but warnings."""
 
     def note(self, line: str) -> None:
+        return
+
+    def progress(self, line: str, done: int, of: int) -> None:
         return
 
     def update(self, status: Status) -> None:
@@ -79,6 +85,10 @@ class Plain:
 
     def note(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+    def progress(self, line: str, done: int, of: int) -> None:
+        if done in (1, of):
+            self.note(f"{line} ({done} of {of})")
 
     def update(self, status: Status) -> None:
         if status.prompt != self._prompt:
@@ -105,6 +115,13 @@ class Live:
 
     def note(self, line: str) -> None:
         self._console.print(line)
+
+    def progress(self, line: str, done: int, of: int) -> None:
+        """A bar in place, without hiding the cursor: a signal may end the process at once."""
+        width = min(24, self._console.width // 3)
+        full = width * done // of
+        text = f"[{'#' * full}{'-' * (width - full)}] {done} of {of}  {one_line(line)}"[: self._console.width - 1]
+        self._console.print(text.ljust(self._console.width - 1), end="\n" if done == of else "\r", soft_wrap=True)
 
     def update(self, status: Status) -> None:
         if time.monotonic() - self._last_s >= REFRESH_S:

@@ -23,6 +23,7 @@ from streamgen_infer.encoders import Video
 from streamgen_infer.errors import Failure
 from streamgen_infer.interrupts import INTERRUPTED, Interrupts, Stop
 from streamgen_infer.live_view import Status, View, open_view, warn
+from streamgen_infer.preparing import told
 from streamgen_infer.report import StreamFigures, write_report
 from streamgen_infer.sinks import STDOUT, Sink
 from streamgen_infer.stream_options import SCHEDULES, SPLITS, Options, Request, check
@@ -62,15 +63,16 @@ def _stream(request: Request, view: View, interrupts: Interrupts) -> int:
 
     saved = None if options.resume is None else load_tree(options.resume, STATE_MARK)
     dtype = saved.get("dtype", "auto") if saved is not None and options.dtype == "auto" else options.dtype
-    pipe = StreamPipeline.from_pretrained(
-        options.model,
-        device=options.device,
-        dtype=dtype,
-        threads=options.threads,
-        ops=options.ops,
-        attention=options.attention,
-        weights_dtype=options.weights_dtype or (saved or {}).get("weights_dtype"),
-    )
+    with told(view):
+        pipe = StreamPipeline.from_pretrained(
+            options.model,
+            device=options.device,
+            dtype=dtype,
+            threads=options.threads,
+            ops=options.ops,
+            attention=options.attention,
+            weights_dtype=options.weights_dtype or (saved or {}).get("weights_dtype"),
+        )
     fps = options.fps or (saved or {}).get("geometry", {}).get("fps") or pipe.geometry.fps
     pipe.geometry = dataclasses.replace(pipe.geometry, fps=fps)
     for lora in request.loras:
