@@ -50,6 +50,11 @@ class FrameMaker:
         self._clock = clock_of(device)
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def overlaps(self) -> bool:
+        """Does `begin` return before the frames are there?"""
+        return self._beside is not None
+
     @torch.no_grad()
     def begin(self, codec: StreamingCodec, latents_BFCHW: Tensor, state: CodecState | None) -> Coming:
         """Decode the latents [1, F, C, h, w] that follow what `state` stands for."""

@@ -277,7 +277,7 @@ def fit_of(model: str, device: str | None, dtype: str) -> Iterator[Check]:
         yield Check(f"{name} one stream", "ok", fit.gigabytes(needs.peak(1)))
         small = needs.peak(1) - bytes_saved(sizes.transformer, DTYPES[name].itemsize)
         how = f"{fit.gigabytes(small)} once it is loaded: weights become bytes one layer after the other"
-        yield Check(f"{name} with --weights-dtype int8", "ok", how)
+        yield Check(f"{name} with --weights-dtype int8 or fp8", "ok", how)
     for place in found:
         choice = fit.choose(sizes, place, dtype)
         if choice is None:

@@ -7,7 +7,7 @@ one stream, never of its neighbours. The engine knows no clock and no deadlines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from streamgen.clocks import clock_of
+from streamgen.frames import Coming
 from streamgen.pipeline import StreamPipeline
 from streamgen.rollout import BlockRun, run_passes
 from streamgen.stream import Stream
@@ -81,12 +82,12 @@ class Engine:
         self._clock = clock_of(pipe.device)
 
     @torch.no_grad()
-    def forward(self, works: Sequence[Work]) -> dict[int, Exception]:
+    def forward(self, works: Sequence[Work], meanwhile: Callable[[], None] = lambda: None) -> dict[int, Exception]:
         """One forward for the waiting pass of every work -> what failed, by place in `works`.
 
         The passes must have equal latent shapes: a recache, which is as long as the cache's window, goes alone.
         Returns when the device has done them: a scheduler that only queued its launches would take them for cheap, and
-        decide about a device that is far behind.
+        decide about a device that is far behind. meanwhile: called while it does them.
         """
         runs = [work.run for work in works]
         assert all(run is not None and run.kind is not None for run in runs)
@@ -103,6 +104,7 @@ class Engine:
                 torch.cuda.empty_cache()
             first, second = self.forward(works[:half]), self.forward(works[half:])
             return first | {half + place: e for place, e in second.items()}
+        meanwhile()
         failed: dict[int, Exception] = {}
         for place, (run, one, out) in enumerate(zip(runs, asked, outputs, strict=True)):
             assert run is not None
@@ -113,12 +115,21 @@ class Engine:
         self._clock.reach(self._clock.mark())
         return failed
 
-    def decode(self, work: Work) -> np.ndarray:
-        """The frames of the block that waits for the codec, uint8 [frames, H, W, 3]; none waits then."""
+    @property
+    def overlaps(self) -> bool:
+        """Does the codec run beside the transformer?"""
+        return self.pipe.frames.overlaps
+
+    def begin_decode(self, work: Work) -> Coming:
+        """Give the block that waits for the codec to it; none waits then."""
         assert work.finished is not None
-        frames, work.stream.state.codec = work.stream.decode(work.finished.latents)
-        work.finished = None
-        return frames
+        coming = work.stream.begin_decode(work.finished.latents)
+        work.stream.state.codec, work.finished = coming.codec, None
+        return coming
+
+    def decode(self, work: Work) -> np.ndarray:
+        """The frames of the block that waits for the codec, uint8 [frames, H, W, 3]."""
+        return self.begin_decode(work).wait()
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

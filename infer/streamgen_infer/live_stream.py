@@ -118,6 +118,8 @@ class LiveStream:
         self.last_served_s = now()
         self.current = InProgress()
         self.undecoded_flags = 0
+        self.decoding = False
+        """A block is in the codec, or its frames wait to be collected."""
         self.pending_snapshot: Snapshot | None = None
         """Taken at a commit whose block still waits for the codec."""
         self.version_shown = -1
@@ -278,7 +280,7 @@ class LiveStream:
         if self.closed:
             return True
         limit = self.stream.max_blocks
-        idle = self.work.run is None and self.work.finished is None and self.turn is None
+        idle = self.work.run is None and self.work.finished is None and not self.decoding and self.turn is None
         return idle and limit is not None and self.stream.state.position >= limit
 
     def do_turn(self) -> None:
@@ -289,6 +291,12 @@ class LiveStream:
         self.stream.restore(self.turn.snapshot)
         self.checkpoints.cut_after(self.turn.snapshot.position)
         self.next_frame, self.current, self.turn = self.turn.first_frame, InProgress(), None
+        self.pending_snapshot = None
+
+    def keep_snapshot(self) -> None:
+        """The last commit's, now that the codec stands at the same block."""
+        assert self.pending_snapshot is not None
+        self.checkpoints.add(self.pending_snapshot.with_codec(self.stream.state.codec))
         self.pending_snapshot = None
 
     def media_s(self, frame: int) -> float:

@@ -12,15 +12,20 @@ import itertools
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from streamgen.errors import UserError
+from streamgen.frames import Coming
 from streamgen.pipeline import StreamPipeline
 from streamgen.timeline import Cue
 from streamgen_infer.admission import Limits, Memory, admit
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.cost_model import CostModel
-from streamgen_infer.engine import Engine, Work
+from streamgen_infer.engine import Engine, Finished, Work
 from streamgen_infer.free_memory import map_large
 from streamgen_infer.live_costs import StreamCosts, half_of_free_memory, warm_up
 from streamgen_infer.live_stream import InProgress, LiveStream, OnBlock, OnEvent, new_stream
@@ -39,6 +44,16 @@ Told = tuple[LiveStream, StreamEvent]
 
 CHECKPOINT_BYTES = 64 << 20
 """Per stream, for turning back."""
+
+
+class _Decoding(NamedTuple):
+    """A block that was given to the codec."""
+
+    live: LiveStream
+    epoch: int
+    finished: Finished
+    flags: int
+    coming: Coming
 
 
 class Runtime:
@@ -74,6 +89,7 @@ class Runtime:
         self._streams: dict[str, LiveStream] = {}
         self._stats = RuntimeStats()
         self._numbers = itertools.count(1)
+        self._coming: deque[_Decoding] = deque()
         self._lock = threading.Condition(threading.RLock())
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="streamgen-runtime", daemon=True)
@@ -159,6 +175,7 @@ class Runtime:
             self.failure = error
             traceback.print_exc()
         finally:
+            self._coming.clear()
             with self._lock:
                 self._closing = True
                 left = list(self._streams.values())
@@ -179,7 +196,7 @@ class Runtime:
             views = [live.view(self.sizes.shape, self.pipe.scheduler.trained_steps) for live in self._streams.values()]
             decision = choose(self._now(), views, self.costs, self.rules)
             if isinstance(decision, Wait):
-                if not ended:
+                if not ended and not self._coming:
                     until_s = decision.until_s
                     self._lock.wait(None if until_s is None else max(until_s - self._now(), 0.0))
                 events, launch, lives = ended, None, []
@@ -190,6 +207,8 @@ class Runtime:
         self._tell(events)
         if launch is not None and (lives := self._begin(launch, lives, cues)):
             self._launch(launch, lives)
+        else:
+            self._deliver()
         return True
 
     def _settle(self) -> list[Told]:
@@ -246,7 +265,7 @@ class Runtime:
             return
         shape = self.sizes.shape(lives[0].stream.state.position)
         started_s = self._now()
-        failed = self._forward([live.work for live in lives])
+        failed = self._forward([live.work for live in lives], self._deliver)
         took_s = self._now() - started_s
         with self._lock:
             self._count(launch.kind, shape, len(lives), took_s)
@@ -258,16 +277,16 @@ class Runtime:
                 if live.work.advanced():
                     live.pending_snapshot = live.stream.snapshot()
                     if live.work.finished is None:
-                        self._keep_snapshot(live)
+                        live.keep_snapshot()
                 if live.work.finished is not None and not waited:
                     live.undecoded_flags = live.current.flags
         for place, error in failed.items():
             self._fail(lives[place], error)
 
-    def _forward(self, works: Sequence[Work]) -> dict[int, Exception]:
+    def _forward(self, works: Sequence[Work], meanwhile: Callable[[], None] = lambda: None) -> dict[int, Exception]:
         """One forward; when it raises, one for each stream, so that only the one to blame fails."""
         try:
-            return self.engine.forward(works)
+            return self.engine.forward(works, meanwhile)
         except Exception as error:  # noqa: BLE001 (a launch may fail for any reason; it is told, not swallowed)
             self._stats.failed_launches += 1
             if len(works) == 1:
@@ -276,71 +295,88 @@ class Runtime:
         return {place: failed[0] for place, failed in enumerate(alone) if failed}
 
     def _decode(self, launch: Launch, lives: Sequence[LiveStream]) -> None:
-        shape = self.sizes.shape(lives[0].stream.state.position)
-        started_s = self._now()
-        failures: list[tuple[LiveStream, Exception]] = []
-        told: list[Told] = []
+        """Where the codec runs beside the transformer, frames are collected while the next launch runs."""
+        self._deliver()  # a stream has one block in the codec
+        shape, started_s = self.sizes.shape(lives[0].stream.state.position), self._now()
         for live in lives:
             finished = live.work.finished
             assert finished is not None
+            flags = live.undecoded_flags | launch.flags.get(live.id, 0)
             try:
-                frames = self.engine.decode(live.work)
+                coming = self.engine.begin_decode(live.work)
             except Exception as error:  # noqa: BLE001 (told to the one stream that it concerns)
-                failures.append((live, error))
+                self._fail(live, error)
+                continue
+            live.decoding = True
+            self._coming.append(_Decoding(live, live.epoch, finished, flags, coming))
+            if not self.engine.overlaps:
+                self._deliver()
+        if not self.engine.overlaps:
+            with self._lock:
+                self._count(launch.kind, shape, len(lives), self._now() - started_s)
+
+    def _deliver(self) -> None:
+        """Collect the frames of what was given to the codec, and give them to the viewers."""
+        while self._coming:
+            one = self._coming.popleft()
+            live = one.live
+            live.decoding = False
+            try:
+                frames = one.coming.wait()
+            except Exception as error:  # noqa: BLE001 (told to the one stream that it concerns)
+                self._fail(live, error)
                 continue
             with self._lock:
-                ready_s = self._now()
-                live.last_served_s = ready_s
-                if live.turn is not None:
-                    continue
-                if live.pending_snapshot is not None:
-                    self._keep_snapshot(live)
-                first = self.pipe.geometry.block_pixel_start(finished.index)
-                hidden = max(live.next_frame - first, 0)  # made again on the way to where the viewer wants to be
-                if hidden >= len(frames):
-                    continue
-                frame = first + hidden
-                media_s, length_s = live.media_s(frame), (len(frames) - hidden) / live.fps
-                slack_s = live.clock.delivered(media_s, length_s, ready_s)  # in a pause too: as if it ended now
-                late = slack_s < 0
-                live.next_frame = first + len(frames)
-                flags = live.undecoded_flags | launch.flags.get(live.id, 0) | (LATE if late else 0)
-                self._stats.blocks += 1
-                self._stats.frames += len(frames) - hidden
-                self._stats.late_blocks += late
-                self._stats.degraded_blocks += bool(flags & ~LATE)
-                degraded = bool(flags & ~LATE)
-                if degraded != live.degraded:
-                    live.degraded = degraded
-                    told.append((live, StreamEvent(kind="degraded" if degraded else "restored", block=finished.index)))
-                made = MadeBlock(
-                    epoch=live.epoch,
-                    index=finished.index,
-                    frames=frames[hidden:],
-                    first_frame=frame,
-                    media_s=media_s,
-                    due_at_s=ready_s + slack_s,
-                    ready_at_s=ready_s,
-                    steps=finished.steps,
-                    prompt_version=finished.cue.version,
-                    flags=flags,
-                )
-                live.handing = threading.get_ident()
-            self._guarded(live, lambda live=live, made=made: live.on_block(made))  # type: ignore[misc]
-            with self._lock:
-                live.handing = None
-                self._lock.notify_all()
-        with self._lock:
-            self._count(launch.kind, shape, len(lives), self._now() - started_s)
-        self._tell(told)
-        for live, reason in failures:
-            self._fail(live, reason)
+                if self.engine.overlaps:
+                    self._count("decode", self.sizes.shape(one.finished.index), 1, one.coming.decode_ms() / 1000)
+                turned = one.epoch != live.epoch or live.id not in self._streams
+                made, event = (None, None) if turned else self._made(one, frames)
+                if made is not None:
+                    live.handing = threading.get_ident()
+            if made is not None:
+                self._guarded(live, lambda live=live, made=made: live.on_block(made))  # type: ignore[misc]
+                with self._lock:
+                    live.handing = None
+                    self._lock.notify_all()
+            if event is not None:
+                self._tell([(live, event)])
 
-    def _keep_snapshot(self, live: LiveStream) -> None:
-        """The last commit's snapshot, now that the codec stands at the same block."""
-        assert live.pending_snapshot is not None
-        live.checkpoints.add(live.pending_snapshot.with_codec(live.stream.state.codec))
-        live.pending_snapshot = None
+    def _made(self, one: _Decoding, frames: np.ndarray) -> tuple[MadeBlock | None, StreamEvent | None]:
+        """What the viewer gets of a decoded block, and what is to be told; with the lock held."""
+        live, finished, ready_s = one.live, one.finished, self._now()
+        live.last_served_s = ready_s
+        if live.pending_snapshot is not None:
+            live.keep_snapshot()
+        first = self.pipe.geometry.block_pixel_start(finished.index)
+        hidden = max(live.next_frame - first, 0)  # made again on the way to where the viewer wants to be
+        if hidden >= len(frames):
+            return None, None
+        frame = first + hidden
+        media_s, length_s = live.media_s(frame), (len(frames) - hidden) / live.fps
+        slack_s = live.clock.delivered(media_s, length_s, ready_s)  # in a pause too: as if it ended now
+        late, degraded = slack_s < 0, bool(one.flags & ~LATE)
+        live.next_frame = first + len(frames)
+        self._stats.blocks += 1
+        self._stats.frames += len(frames) - hidden
+        self._stats.late_blocks += late
+        self._stats.degraded_blocks += degraded
+        event = None
+        if degraded != live.degraded:
+            live.degraded = degraded
+            event = StreamEvent(kind="degraded" if degraded else "restored", block=finished.index)
+        made = MadeBlock(
+            epoch=live.epoch,
+            index=finished.index,
+            frames=frames[hidden:],
+            first_frame=frame,
+            media_s=media_s,
+            due_at_s=ready_s + slack_s,
+            ready_at_s=ready_s,
+            steps=finished.steps,
+            prompt_version=finished.cue.version,
+            flags=one.flags | (LATE if late else 0),
+        )
+        return made, event
 
     def _count(self, kind: str, shape: str, rows: int, took_s: float) -> None:
         self._stats.launches += 1

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from streamgen import StreamPipeline
 from streamgen.errors import UserError
+from streamgen.frames import Coming, FrameMaker
 from streamgen_infer.live_stream import LiveStream
 from streamgen_infer.requests import MadeBlock, Refused, StreamEvent, StreamRequest
 from streamgen_infer.runtime import Runtime
@@ -30,8 +32,30 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> StreamPipeline:
     return StreamPipeline.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("tiny")), dtype="fp32")
 
 
-@pytest.fixture
-def runtime(pipe: StreamPipeline) -> Iterator[Runtime]:
+class Late:
+    """Frames on their way from a codec that runs beside the transformer."""
+
+    def __init__(self, coming: Coming) -> None:
+        self.codec, self._coming = coming.codec, coming
+
+    def wait(self) -> np.ndarray:
+        return self._coming.wait()
+
+    def decode_ms(self) -> float:
+        return 1.0
+
+
+class Beside(FrameMaker):
+    overlaps = True
+
+    def begin(self, *given: Any) -> Any:
+        return Late(super().begin(*given))
+
+
+@pytest.fixture(params=["codec in turn", "codec beside"])
+def runtime(request: pytest.FixtureRequest, pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    if request.param == "codec beside":
+        monkeypatch.setattr(pipe, "frames", Beside(pipe.device))
     runtime = Runtime(pipe, admission=False)
     runtime.start()
     yield runtime
@@ -232,19 +256,55 @@ def test_steps_can_be_fixed_while_it_runs(runtime: Runtime) -> None:
     assert counts[:3] == [2, 2, 2] and counts[-1] == 4 and sorted(counts) == counts
 
 
+def test_frames_are_collected_while_the_next_launch_runs(pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the codec runs beside the transformer; those of the last block at once, for nothing runs then."""
+    said: list[str] = []
+
+    class Telling(Late):
+        def wait(self) -> np.ndarray:
+            said.append("collected")
+            return super().wait()
+
+    class Codec(Beside):
+        def begin(self, *given: Any) -> Any:
+            said.append("to the codec")
+            return Telling(FrameMaker.begin(self, *given))
+
+    wanted = expected(pipe, blocks=3)
+    monkeypatch.setattr(pipe, "frames", Codec(pipe.device))
+    runtime = Runtime(pipe, admission=False)
+    runtime.start()
+    said.clear()
+    forward = runtime.engine.forward
+
+    def launched(works: list, meanwhile: Callable[[], None] = lambda: None) -> dict:
+        said.append("launch")
+        failed = forward(works, meanwhile)
+        said.append("done")
+        return failed
+
+    monkeypatch.setattr(runtime.engine, "forward", launched)
+    viewer, _ = watch(runtime, max_seconds=3 * BLOCK / FPS)
+    assert np.array_equal(viewer.video(), wanted)
+    runtime.close()
+    for at in [i for i, one in enumerate(said) if one == "to the codec"][:-1]:
+        assert said[at : at + 4] == ["to the codec", "launch", "collected", "done"]
+    assert said.count("to the codec") == said.count("collected") == 3
+
+
 def test_one_streams_failure_is_its_own(
     runtime: Runtime, pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, bad_live = watch(runtime, seed=1, max_seconds=None)
     good, _ = watch(runtime, seed=3)
-    decode = bad_live.stream.decode
+    decode = bad_live.stream.begin_decode
 
     def breaks(latents: torch.Tensor) -> object:
         if bad_live.stream.state.position >= 2:
             raise RuntimeError("codec broke")
         return decode(latents)
 
-    monkeypatch.setattr(bad_live.stream, "decode", breaks)
+    monkeypatch.setattr(bad_live.stream, "begin_decode", breaks)
     assert near(good.video(), expected(pipe))
     assert bad.ended.wait(10)
     assert bad.events[-1].kind == "failed" and "codec broke" in bad.events[-1].message
@@ -258,11 +318,11 @@ def test_a_launch_that_fails_is_run_again_stream_by_stream(
     forward = runtime.engine.forward
     broken = []
 
-    def sometimes(works: list) -> dict:
+    def sometimes(works: list, *meanwhile: object) -> dict:
         if len(works) > 1 and len(broken) < 3:
             broken.append(len(works))
             raise ValueError("a kernel that does not like batches")
-        return forward(works)
+        return forward(works, *meanwhile)
 
     monkeypatch.setattr(runtime.engine, "forward", sometimes)
     viewers = [watch(runtime, seed=seed)[0] for seed in range(3)]

@@ -34,10 +34,10 @@ def test_a_block_that_ends_in_a_pause_has_a_deadline(runtime: Runtime, monkeypat
     viewer, live = watch(runtime)
     forward = runtime.engine.forward
 
-    def pauses(works: Any) -> Any:
+    def pauses(works: Any, *meanwhile: Any) -> Any:
         if live.stream.state.position == 3 and not viewer.blocks[3:]:
             live.pause()
-        return forward(works)
+        return forward(works, *meanwhile)
 
     monkeypatch.setattr(runtime.engine, "forward", pauses)
     assert not viewer.ended.wait(0.3)
