@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from os import environ
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -158,10 +159,12 @@ class Backend(NamedTuple):
     masks: bool = True
     """It takes masks, and so may train."""
     float32: bool = True
+    interpreted: bool = False
+    """It also runs on a CPU, by Triton's interpreter."""
 
     def problem(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why it cannot run on a device in a dtype, "" if it can."""
-        if self.cuda and device.type != "cuda":
+        if self.cuda and device.type != "cuda" and not (self.interpreted and environ.get("TRITON_INTERPRET") == "1"):
             return "it needs a CUDA device"
         if self.package and find_spec(self.package) is None:
             return f"{self.package} is not installed"
@@ -191,7 +194,7 @@ BACKENDS = {
     "spans": Backend(
         _spans,
         "written out, queries that see the same keys with those alone: under teacher forcing a third of the scores; "
-        "for training under torch.compile on a CPU, with masks of `span_mask`",
+        "for training under torch.compile on a CPU, with masks of `span_mask`, each of which compiles anew",
     ),
     "flex": Backend(
         _flex,
@@ -203,7 +206,9 @@ BACKENDS = {
         "our kernel (`streamgen_kernels.attention`): reads views of the ring in place; needs a CUDA device and triton, "
         "takes no mask and has no backward",
         package="triton",
+        cuda=True,
         masks=False,
+        interpreted=True,
     ),
     "xformers": Backend(
         _xformers,

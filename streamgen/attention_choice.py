@@ -11,6 +11,7 @@ import logging
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from streamgen.clocks import clock_of
 from streamgen.errors import UserError
 from streamgen.findings import device_name, read_found, write_found
 from streamgen.geometry import VideoGeometry
+from streamgen.kernel_choice import kernel_versions
 
 STREAMED = ("sdpa", "cudnn", "flash3", "xformers", "triton")
 """Those that differ where nothing is masked."""
@@ -65,9 +67,11 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         raise UserError(f"attention {name!r} cannot run here: {problem}; use 'auto'")
 
 
-def attention_for(name: str, device: torch.device, shape: Shape) -> str:
-    """The backend of a model on a device: `name`, or what "auto" comes to there."""
-    return fastest(device, shape) if name == "auto" and device.type == "cuda" else name
+def attention_for(name: str, device: torch.device, shape: Shape, *, kernels: bool = True) -> str:
+    """The backend of a model on a device: `name`, or what "auto" comes to there. kernels: ours may be among them."""
+    if name != "auto" or device.type != "cuda":
+        return name
+    return fastest(device, shape, tuple(one for one in STREAMED if kernels or one != "triton"))
 
 
 def fastest(device: torch.device, shape: Shape, among: tuple[str, ...] = STREAMED) -> str:
@@ -78,14 +82,26 @@ def fastest(device: torch.device, shape: Shape, among: tuple[str, ...] = STREAME
         "torch": torch.__version__,
         "device": device_name(device),
         "attention": f"{shape.num_heads}x{shape.query_tokens}x{shape.key_tokens}x{shape.head_dim} {shape.dtype}",
-        "among": " ".join(usable),
+        "among": " ".join(f"{name} {_version(name)}".strip() for name in usable),
     }
-    known = read_found("attention", identity)
-    if known is None:
+    known = {name: ms for name, ms in (read_found("attention", identity) or {}).items() if isinstance(ms, float)}
+    if not known:
         log.info("measuring attention on %s: once for this device and these shapes", identity["device"])
         known = {name: ms for name, ms in measure(device, shape, usable).items() if isinstance(ms, float)}
         write_found("attention", identity, known)
-    return min(known, key=lambda name: float(known[name]), default="auto")
+    return min(known, key=lambda name: known[name], default="auto")
+
+
+def _version(name: str) -> str:
+    """Of what a backend runs, "" where that is torch: another one is measured again."""
+    if name == "triton":
+        return " ".join(kernel_versions().values())
+    if not BACKENDS[name].package:
+        return ""
+    try:
+        return version(BACKENDS[name].package)
+    except PackageNotFoundError:  # installed under another name
+        return ""
 
 
 def measure(device: torch.device, shape: Shape, names: list[str]) -> dict[str, float | str]:
@@ -96,27 +112,36 @@ def measure(device: torch.device, shape: Shape, names: list[str]) -> dict[str, f
     )
     found: dict[str, float | str] = {}
     for name in names:
-        right, line = check(name, device, shape.dtype)
+        right, line = check(name, device, shape.dtype, shape.head_dim)
         if right:
-            found[name] = _median_ms(lambda name=name: attend(q, k, v, None, name), device)  # type: ignore[misc]
-        else:
-            log.warning("attention %s is not used on %s: %s", name, device, line)
-            found[name] = line
+            try:
+                found[name] = _median_ms(lambda name=name: attend(q, k, v, None, name), device)  # type: ignore[misc]
+                continue
+            except Exception as problem:  # noqa: BLE001 (too large for it: the line says what)
+                line = _said(problem)
+        log.warning("attention %s is not used on %s: %s", name, device, line)
+        found[name] = line
     return found
 
 
-def check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Does a backend equal `math` in float32, unmasked, at small odd sizes? -> (right, how far off or why not)."""
+def check(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 40) -> tuple[bool, str]:
+    """Does a backend equal `math` in float32, unmasked, for few tokens of odd counts? -> (right, how far off or why
+    not).
+    """
     random = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 40, generator=random, device=device).to(dtype) for n in (24, 70, 70))
+    q, k, v = (torch.randn(2, 3, n, head_dim, generator=random, device=device).to(dtype) for n in (24, 70, 70))
     with torch.no_grad():
         wanted = attend(q.float(), k.float(), v.float(), backend="math")
         try:
             error = float((attend(q, k, v, backend=name).float() - wanted).abs().max() / wanted.abs().max())
         except Exception as problem:  # noqa: BLE001 (what does not compile raises anything: the line says what)
-            return False, f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+            return False, _said(problem)
     limit = TOLERANCES[dtype]
     return error <= limit, f"differs by {error:.1e}, {'within' if error <= limit else 'above'} {limit:.1e}"
+
+
+def _said(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
 
 
 @torch.no_grad()

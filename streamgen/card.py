@@ -30,7 +30,7 @@ class SchedulerConfig:
     shift: float = 5.0
     prediction: Prediction = "flow"
     visibility: tuple[str, ...] = ("clean",)
-    """What the model was trained to see of earlier blocks: names of `streamgen.attention.VISIBILITIES`."""
+    """What the model was trained to see of earlier blocks: names of `streamgen.visibility.VISIBILITIES`."""
     joint_blocks: int = 0
     """With `joint`: blocks in the window, which is as many steps."""
     lag_blocks: int = 0

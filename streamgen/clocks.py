@@ -27,11 +27,15 @@ class Clock(Protocol):
 
 
 class EventClock:
-    """CUDA events on the current stream."""
+    """CUDA events on a device's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        with torch.cuda.device(self._device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
         return event
 
     def reach(self, moment: torch.cuda.Event) -> None:
@@ -41,7 +45,7 @@ class EventClock:
         return float(start.elapsed_time(end))
 
     def wait(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
 
 
 class WallClock:
@@ -61,7 +65,7 @@ class WallClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    return EventClock() if device.type == "cuda" else WallClock()
+    return EventClock(device) if device.type == "cuda" else WallClock()
 
 
 class Laps:

@@ -21,7 +21,7 @@ pass that writes the clean versions of the whole window anew, for a new prompt (
 CODEC: tuple[Kind, ...] = ("decode", "encode")
 
 Visibility = Literal["clean", "same_level", "latest", "lagged", "joint"]
-"""Which version of earlier blocks a block reads: the names and the meaning of `streamgen.attention.Visibility`."""
+"""Which version of earlier blocks a block reads: the names and the meaning of `streamgen.visibility.Visibility`."""
 VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
 
 CLEAN = -1

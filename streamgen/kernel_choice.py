@@ -70,7 +70,7 @@ def untrusted(device: torch.device, *, float8: bool = False) -> str:
     """
     if problem := kernels_problem():
         return problem
-    identity = {**_versions(), "device": device_name(device)}
+    identity = {**kernel_versions(), "device": device_name(device)}
     kind = "float8" if float8 else "kernels"
     known = read_found(kind, identity)
     if known is None:
@@ -98,7 +98,7 @@ def _failures(device: torch.device, float8: bool) -> dict[str, str]:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def kernel_versions() -> dict[str, str]:
     return {
         "streamgen": __version__,
         "torch": torch.__version__,

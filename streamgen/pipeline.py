@@ -39,6 +39,7 @@ from streamgen.rollout import Sampling, StreamState
 from streamgen.stream import STATE_MARK, Block, Stream
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.timeline import PromptTimeline
+from streamgen.transfers import use_device
 from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
 from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
 from streamgen.weights import (
@@ -126,6 +127,7 @@ class StreamPipeline:
                 raise UserError(f"threads is {threads}; it must be 1 to 1024")
             torch.set_num_threads(threads)
         where = _device(device)
+        use_device(where)
         table = ops_for(ops, where)
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"unknown dtype {dtype!r}; there are: auto, {', '.join(DTYPES)}")
@@ -157,7 +159,9 @@ class StreamPipeline:
         """Itself, with these operations (on a GPU recorded: `streamgen.capture`), its weights as they will be kept."""
         self.transformer.ops = table
         shape = streamed_shape(self.transformer.config, self.geometry, self.scheduler.window_frames, self.dtype)
-        self.transformer.attention_backend = attention_for(attention, self.device, shape)
+        self.transformer.attention_backend = attention_for(
+            attention, self.device, shape, kernels=table.backend == "triton"
+        )
         if table.places_keys and self.device.type == "cuda":
             self.transformer.captures = Captures()
         if weights_dtype is not None:

@@ -31,6 +31,7 @@ from streamgen.linear import CPUINFO, Linear, linear
 if TYPE_CHECKING:
     from streamgen.transformer import Block, CausalWanModel, TransformerConfig
 
+PART_NUMBERS = 1 << 22
 WEIGHTS_DTYPES = tuple(STORAGES)
 """Names of what the weights can be kept in."""
 LAYOUT = 2
@@ -111,7 +112,13 @@ class WholeInputLinear(QuantisedLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         x_MK = x.reshape(-1, self.in_features).float()
-        return self._scaled(linear(x_MK, self.weight.float(), None))
+        parts = [linear(x_MK, part_NK.float(), None) for part_NK in self.weight.split(self.part_rows)]
+        return self._scaled(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+    @property
+    def part_rows(self) -> int:
+        """Of the weight, brought to float32 at a time: of Wan 14B's modulation all of it would be 600 MB."""
+        return max(1, PART_NUMBERS // self.in_features)
 
 
 def product_of_codes(x_MK: Tensor, w_NK: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Stream(Iterator[Block]):
     """
 
     visibility = "clean"
-    """What a block sees of earlier ones (`streamgen.attention.Visibility`); other classes are in `pipelined`."""
+    """What a block sees of earlier ones (`streamgen.visibility.Visibility`); other classes are in `pipelined`."""
 
     def __init__(
         self,

@@ -80,6 +80,8 @@ class Engine:
     def __init__(self, pipe: StreamPipeline) -> None:
         self.pipe = pipe
         self._clock = clock_of(pipe.device)
+        self.passes_s = 0.0
+        """What the device has spent on passes so far."""
 
     @torch.no_grad()
     def forward(self, works: Sequence[Work], meanwhile: Callable[[], None] = lambda: None) -> dict[int, Exception]:
@@ -92,6 +94,7 @@ class Engine:
         runs = [work.run for work in works]
         assert all(run is not None and run.kind is not None for run in runs)
         asked = [run.waiting() for run in runs if run is not None]
+        start = self._clock.mark()
         try:
             outputs = run_passes(self.pipe.transformer, asked)
         except RuntimeError as error:  # OutOfMemoryError is one; the CPU's allocator raises the plain kind
@@ -112,7 +115,9 @@ class Engine:
                 run.take(one, out)
             except FloatingPointError as error:
                 failed[place] = error
-        self._clock.reach(self._clock.mark())
+        end = self._clock.mark()
+        self._clock.reach(end)
+        self.passes_s += self._clock.ms(start, end) / 1000
         return failed
 
     @property

@@ -22,6 +22,7 @@ from streamgen.errors import UserError
 from streamgen.frames import Coming
 from streamgen.pipeline import StreamPipeline
 from streamgen.timeline import Cue
+from streamgen.transfers import use_device
 from streamgen_infer.admission import Limits, Memory, admit
 from streamgen_infer.checkpoints import Checkpoints
 from streamgen_infer.cost_model import CostModel
@@ -169,6 +170,7 @@ class Runtime:
 
     def _run(self) -> None:
         try:
+            use_device(self.pipe.device)
             while self._turn():
                 pass
         except BaseException as error:  # noqa: BLE001 (kept for those who ask, and told to every viewer)
@@ -264,9 +266,10 @@ class Runtime:
             self._decode(launch, lives)
             return
         shape = self.sizes.shape(lives[0].stream.state.position)
-        started_s = self._now()
+        started_s, passes_s = self._now(), self.engine.passes_s
         failed = self._forward([live.work for live in lives], self._deliver)
-        took_s = self._now() - started_s
+        # Frames may have been collected meanwhile, and viewers called: that is no cost of the passes.
+        took_s = self.engine.passes_s - passes_s if self.engine.overlaps else self._now() - started_s
         with self._lock:
             self._count(launch.kind, shape, len(lives), took_s)
             for place, live in enumerate(lives):
@@ -299,7 +302,10 @@ class Runtime:
         self._deliver()  # a stream has one block in the codec
         shape, started_s = self.sizes.shape(lives[0].stream.state.position), self._now()
         for live in lives:
-            finished = live.work.finished
+            with self._lock:
+                epoch, finished, is_turned = live.epoch, live.work.finished, live.turn is not None
+            if is_turned:  # the block is of a video that nobody wants any more
+                continue
             assert finished is not None
             flags = live.undecoded_flags | launch.flags.get(live.id, 0)
             try:
@@ -308,7 +314,7 @@ class Runtime:
                 self._fail(live, error)
                 continue
             live.decoding = True
-            self._coming.append(_Decoding(live, live.epoch, finished, flags, coming))
+            self._coming.append(_Decoding(live, epoch, finished, flags, coming))
             if not self.engine.overlaps:
                 self._deliver()
         if not self.engine.overlaps:

@@ -118,6 +118,9 @@ def check(options: Options) -> Request:
         for name, given in (("--cache-dtype", options.cache_dtype), ("--weights-dtype", options.weights_dtype)):
             if given is not None:
                 raise UserError(f"{name} is for one rank; leave it or --ranks out")
+        for name, chosen in (("--ops", options.ops), ("--attention", options.attention)):
+            if chosen != "auto":
+                raise UserError(f"{name} is for one rank; leave it or --ranks out")
         if options.schedule not in SPLITS:
             raise UserError(
                 f"--ranks {options.ranks} needs a schedule that is spread: --schedule {' or '.join(SPLITS)}"

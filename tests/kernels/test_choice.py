@@ -56,7 +56,7 @@ def test_checked_once_and_then_read(pretended, tmp_path, monkeypatch):
     file.write_text("{")  # broken: found again
     kernel_choice.ops_for("auto", GPU)
     assert len(checked) == 8
-    monkeypatch.setattr(kernel_choice, "_versions", lambda: {"triton": "4.0"})
+    monkeypatch.setattr(kernel_choice, "kernel_versions", lambda: {"triton": "4.0"})
     kernel_choice.ops_for("auto", GPU)
     assert len(checked) == 12
 

@@ -2,6 +2,7 @@
 are pretended: their calls have the layouts of the real ones.
 """
 
+import json
 import sys
 import types
 
@@ -63,6 +64,14 @@ def test_what_cannot_run_is_said():
             check_trainable(name, GPU)
 
 
+def test_the_kernel_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="attention 'triton' cannot run here: it needs a CUDA device"):
+        check_attention("triton", CPU, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert BACKENDS["triton"].problem(CPU, torch.float32) in ("", "triton is not installed")
+
+
 def test_flash3_has_no_float32(packages):
     assert BACKENDS["flash3"].problem(CPU, torch.float32) == "it is made for bfloat16 and float16"
     assert BACKENDS["flash3"].problem(CPU, torch.bfloat16) == ""
@@ -106,10 +115,36 @@ def test_the_fastest_is_found_once(three, monkeypatch):
     assert fastest(CPU, SHAPE, ("wrong",)) == "auto"
 
 
+def test_one_that_fails_at_the_models_own_shape_is_left_out(three, monkeypatch, caplog):
+    """Small heads and few tokens may be all that it can do."""
+    narrow = lambda q, k, v, mask: BACKENDS["right"].attend(q, k, v, mask) if q.shape[-1] == 16 else 1 / 0  # noqa: E731
+    short = lambda q, k, v, mask: BACKENDS["right"].attend(q, k, v, mask) if k.shape[2] < 99 else 1 / 0  # noqa: E731
+    for name, run in (("narrow", narrow), ("short", short)):
+        monkeypatch.setitem(BACKENDS, name, Backend(run, ""))
+    wide = Shape(num_heads=2, head_dim=64, query_tokens=6, key_tokens=100, dtype=torch.float32)
+    assert fastest(CPU, wide, ("narrow", "short", "right")) == "right"
+    for name in ("narrow", "short"):
+        assert f"attention {name} is not used on cpu: ZeroDivisionError" in caplog.text
+
+
+def test_another_version_or_a_broken_file_is_measured_again(three, monkeypatch, tmp_path):
+    found = attention_choice._version
+    monkeypatch.setattr(attention_choice, "_version", lambda name: "1.0" if name == "right" else found(name))
+    fastest(CPU, SHAPE, ("right",))
+    (file,) = (tmp_path / "attention").iterdir()
+    ran = len(three)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "found": {"right": None}}))
+    assert fastest(CPU, SHAPE, ("right",)) == "right" and len(three) > ran
+    ran = len(three)
+    monkeypatch.setattr(attention_choice, "_version", lambda name: "1.1")
+    assert fastest(CPU, SHAPE, ("right",)) == "right" and len(three) > ran
+
+
 def test_auto_is_a_rule_on_a_cpu_and_a_measurement_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(attention_choice, "fastest", lambda device, shape: "cudnn")
+    monkeypatch.setattr(attention_choice, "fastest", lambda device, shape, among: among[-1])
     assert attention_for("auto", CPU, SHAPE) == "auto"
-    assert attention_for("auto", GPU, SHAPE) == "cudnn"
+    assert attention_for("auto", GPU, SHAPE) == "triton"
+    assert attention_for("auto", GPU, SHAPE, kernels=False) == "xformers"
     assert attention_for("sdpa", GPU, SHAPE) == "sdpa"
 
 

@@ -200,6 +200,8 @@ def test_the_option(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (("--resume", "s", "--cache-dtype", "fp8"), "--cache-dtype fp8: the saved stream goes on with int8"),
         ((STAR, "--cache-dtype", "int4"), "--cache-dtype 'int4' does not exist; there are: int8, fp8"),
         ((STAR, "--cache-dtype", "int8", "--schedule", "step_chain", "--ranks", "2"), "leave it or --ranks out"),
+        ((STAR, "--attention", "math", "--schedule", "step_chain", "--ranks", "2"), "--attention is for one rank"),
+        ((STAR, "--ops", "reference", "--schedule", "step_chain", "--ranks", "2"), "--ops is for one rank"),
     ):
         assert run(*arguments, "--overwrite") == 2
         assert message in one_line(capsys)

@@ -230,6 +230,9 @@ class LateDevice:
         assert moment == len(self.told)
         self.told.append("reached")
 
+    def ms(self, start: int, end: int) -> float:
+        return 1000.0 * (end - start)
+
 
 def test_a_launch_is_over_when_the_device_has_done_it(pipe: StreamPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else what the scheduler measures is how long it takes to queue a launch."""
@@ -239,5 +242,7 @@ def test_a_launch_is_over_when_the_device_has_done_it(pipe: StreamPipeline, monk
     monkeypatch.setattr(engine_module, "clock_of", lambda device: LateDevice(told))
     work = Work(pipe.stream(PROMPTS[0], steps=2))
     work.begin()
-    assert not Engine(pipe).forward([work])
-    assert told == ["passes", "mark", "reached"]
+    engine = Engine(pipe)
+    assert not engine.forward([work], lambda: told.append("meanwhile"))
+    assert told == ["mark", "passes", "meanwhile", "mark", "reached"]
+    assert engine.passes_s == 3.0

@@ -59,6 +59,14 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(module, "cpu_multiplies_bytes", lambda: False)
 
 
+def test_a_weight_that_is_brought_to_float32_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, layer = example(3, 64, 50, torch.float32)
+    whole = WholeInputLinear(layer)
+    wanted = whole(x)
+    monkeypatch.setattr(module, "PART_NUMBERS", 64 * 16)
+    assert whole.part_rows == 16 and torch.equal(whole(x), wanted)
+
+
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2.0**-8)])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 24, 40), (40, 64, 24), (33, 1536, 17)])

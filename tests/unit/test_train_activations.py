@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamgen import memory
 from streamgen.errors import UserError
 from streamgen.memory import free_bytes, host_bytes
 from streamgen_distill import self_forcing
@@ -20,6 +21,7 @@ from streamgen_train.dry_run import costs_table
 from streamgen_train.loop import Trainer, train
 from streamgen_train.objectives import ar
 from streamgen_train.objectives.ar import ArObjective
+from streamgen_train.precision import probe_precision
 from tests.runs import assert_equal_states, curve, turn
 from tests.tiny_sprites import TRANSFORMER, ar_values, build_ar, save_codec, train_config
 
@@ -210,6 +212,34 @@ def test_free_memory() -> None:
     assert known is None or 0 < known[1] <= known[0]
     assert (free_bytes(CPU) is None) == (known is None)
     assert free_bytes(torch.device("meta")) is None
+
+
+def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = host_bytes()
+    assert machine is not None
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    values = {
+        "memory.max": "9000000\n",
+        "memory.current": "4000000\n",
+        "memory.stat": "anon 5\ninactive_file 1000000\n",
+    }
+    for name, value in values.items():
+        (tmp_path / name).write_text(value)
+    assert host_bytes() == (9_000_000, 6_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    unlimited = host_bytes()
+    assert unlimited is not None and unlimited[0] == machine[0]
+
+
+def test_the_probe_of_the_number_format_takes_the_least_memory(codec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = build_ar(codec, recompute="auto")
+    seen = []
+    loss = objective.loss
+    monkeypatch.setattr(
+        objective, "loss", lambda *given: seen.append(objective.model.recomputed_layers) or loss(*given)
+    )
+    probe_precision(objective, CPU)
+    assert set(seen) == {TRANSFORMER.num_layers} and objective.model.recomputed_layers == 0
 
 
 def test_what_cannot_be(codec: Path) -> None:

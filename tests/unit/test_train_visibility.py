@@ -139,6 +139,13 @@ def test_a_batch_trains_the_stream_of_its_visibility(codec: Path, visibility: Vi
         assert float((other - wanted)[:, SIZE:].detach().abs().max()) > 1e-3
 
 
+def test_spans_are_not_compiled_for_masks_that_are_drawn(codec: Path) -> None:
+    """Each would be compiled anew, up to dynamo's limit, and then none."""
+    objective = build(codec, attention_backend="spans", visibility={"clean": 0.5, "joint": 0.5})
+    with pytest.raises(UserError, match="spans compiles anew for every mask, and the visibility joint draws many"):
+        objective.compile(objective.modules())
+
+
 def test_flex_trains_the_same(codec: Path) -> None:
     objective = build(codec)
     for visibility in ("clean", "latest", "joint"):

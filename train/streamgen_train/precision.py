@@ -115,7 +115,13 @@ def probe_precision(objective: Objective, device: torch.device) -> tuple[str, di
         batch = objective.batch(turn)
 
         call = partial(_forward_backward, objective, batch, turn, ema, masters)
+        # What fits is not known yet; recomputed layers cost both formats the same.
+        heaviest = objective.heaviest_pass() if objective.recompute == "auto" else None
+        if heaviest is not None:
+            objective.recompute_layers(len(heaviest.model.blocks))
         seconds[name] = fastest_seconds(call, device)
+        if heaviest is not None:
+            objective.recompute_layers(0)
         masters.restore()
     return ("bf16" if seconds["bf16"] * BF16_MUST_WIN_BY < seconds["fp32"] else "fp32"), seconds
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from streamgen import flow
 from streamgen.card import SchedulerConfig
 from streamgen.embedded_text import EmbeddedText
+from streamgen.errors import UserError
 from streamgen.rope import rope_table
 from streamgen.text import SpritesTextEncoder
 from streamgen.transformer import CausalWanModel
@@ -76,6 +77,14 @@ class ArObjective(FlowMatching):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._tables: dict[tuple[int, View], tuple[tuple[Tensor, Tensor], Any]] = {}
+
+    def compile(self, modules: Mapping[str, nn.Module]) -> None:
+        if self.config.attention_backend == "spans" and self.config.visibility.get("joint", 0) > 0:
+            raise UserError(
+                "objective.attention_backend=spans compiles anew for every mask, and the visibility joint draws many; "
+                "take math, or train.compile=false"
+            )
+        super().compile(modules)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         super().prepare(device, dtype)
