@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamgen.adapters import AdapterPlan, stronger
 from streamgen.blocks import Block, BlockTiming, PromptReceipt, Snapshot
 from streamgen.clocks import Laps
+from streamgen.codec import CodecState
 from streamgen.errors import UserError
 from streamgen.frames import Coming
 from streamgen.geometry import VideoGeometry
@@ -154,6 +156,11 @@ class Stream(Iterator[Block]):
         The state belongs into `state.codec` once the block is committed, so that both stand at the same block.
         """
         return self.pipe.frames.begin(self.pipe.codec, latents, self.state.codec)
+
+    def decode(self, latents: Tensor) -> tuple[np.ndarray, CodecState]:
+        """The same, and wait for the frames: uint8 [frames, H, W, 3]."""
+        coming = self.begin_decode(latents)
+        return coming.wait(), coming.codec
 
     def change(
         self, text: str, transition: str, block: int, *, begun: int, blend_blocks: int = 4
