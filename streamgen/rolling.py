@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def roll(
     for block, step in step_of.items():
         if step + 1 < steps:
             here, there = sampling.sigmas[step], sampling.sigmas[step + 1]
-            eps = state.noise(step + 1, block)
+            eps = partial(state.noise, step + 1, block)
             following[block] = SAMPLERS[sampling.sampler](noisy[block], x0[block].detach(), here, there, eps)
     oldest = next(iter(noisy))
     if step_of[oldest] == steps - 1:

@@ -94,7 +94,7 @@ def next_level(state: StreamState, x_t: Tensor, out: Tensor, sampling: Sampling,
         levels = sigma, sigma_next, sampling.prediction
         return state.ops.renoise_step(out, x_t, *levels, state.seeds, block, step + 1)
     x0 = to_x0(out, x_t, sigma, sampling.prediction)
-    return SAMPLERS[sampling.sampler](x_t, x0, sigma, sigma_next, state.noise(step + 1, block))
+    return SAMPLERS[sampling.sampler](x_t, x0, sigma, sigma_next, lambda: state.noise(step + 1, block))
 
 
 class Pass(NamedTuple):
