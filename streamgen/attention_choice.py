@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest difference from `math` in float32, over its largest value."""
 REPEATS = 20
 if TYPE_CHECKING:
-    from streamgen.transformer import TransformerConfig
+    from streamgen.transformer_config import TransformerConfig
 
 log = logging.getLogger("streamgen")
 
@@ -74,20 +74,25 @@ def attention_for(name: str, device: torch.device, shape: Shape, *, kernels: boo
     return fastest(device, shape, tuple(one for one in STREAMED if kernels or one != "triton"))
 
 
+def usable(device: torch.device, dtype: torch.dtype, among: Iterable[str] = STREAMED) -> list[str]:
+    """The backends that can run on the device in the dtype."""
+    return [name for name in among if not BACKENDS[name].problem(device, dtype)]
+
+
 def fastest(device: torch.device, shape: Shape, among: tuple[str, ...] = STREAMED) -> str:
     """Of the backends that can run and are right on the device; measured once, then read from disk."""
-    usable = [name for name in among if not BACKENDS[name].problem(device, shape.dtype)]
+    names = usable(device, shape.dtype, among)
     identity = {
         "streamgen": __version__,
         "torch": torch.__version__,
         "device": device_name(device),
         "attention": f"{shape.num_heads}x{shape.query_tokens}x{shape.key_tokens}x{shape.head_dim} {shape.dtype}",
-        "among": " ".join(f"{name} {_version(name)}".strip() for name in usable),
+        "among": " ".join(f"{name} {_version(name)}".strip() for name in names),
     }
     known = {name: ms for name, ms in (read_found("attention", identity) or {}).items() if isinstance(ms, float)}
     if not known:
         log.info("measuring attention on %s: once for this device and these shapes", identity["device"])
-        known = {name: ms for name, ms in measure(device, shape, usable).items() if isinstance(ms, float)}
+        known = {name: ms for name, ms in measure(device, shape, names).items() if isinstance(ms, float)}
         write_found("attention", identity, known)
     return min(known, key=lambda name: known[name], default="auto")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 
 TRAINED = 3.0
 """A forward and a backward pass cost three forward passes (the backward makes two products for each of the forward)."""

@@ -40,7 +40,8 @@ from streamgen.stream import STATE_MARK, Block, Stream
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
 from streamgen.timeline import PromptTimeline
 from streamgen.transfers import use_device
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 from streamgen.umt5 import UMT5TextConfig, UMT5TextEncoder
 from streamgen.weights import (
     Unfilled,

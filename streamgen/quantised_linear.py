@@ -29,7 +29,8 @@ from streamgen.cache.quantised import STORAGES, Storage
 from streamgen.linear import CPUINFO, Linear, linear
 
 if TYPE_CHECKING:
-    from streamgen.transformer import Block, CausalWanModel, TransformerConfig
+    from streamgen.transformer import Block, CausalWanModel
+    from streamgen.transformer_config import TransformerConfig
 
 PART_NUMBERS = 1 << 22
 WEIGHTS_DTYPES = tuple(STORAGES)

@@ -9,7 +9,8 @@ from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig, StreamPipeline
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0, height: int = 32, width: int = 32) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 from streamgen.codec import SpritesCodec, SpritesCodecConfig
 from streamgen.geometry import VideoGeometry
 from streamgen.text import SpritesTextConfig
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import save_component
 from streamgen_train.config import CheckpointConfig, LogConfig, OptimConfig, ScheduleConfig, TrainConfig
 from streamgen_train.objectives import ar

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 
 TEXT_LEN, TEXT_DIM = 12, 16
 WORDS = ("a", "red", "star", "spinning", "over", "snow", "the", "blue", "ring", "rising")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from streamgen import flow
 from streamgen.errors import UserError
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_distill.teacher import run_objective
 from streamgen_train.checkpoint import check_fits, load_modules
 

@@ -31,7 +31,8 @@ from streamgen.embedded_text import EmbeddedText
 from streamgen.metrics.quick import quick_adherence
 from streamgen.pixels import to_uint8
 from streamgen.rollout import StreamState
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 from streamgen.visibility import VISIBILITIES, Layout
 from streamgen.worlds.grammar import captions
 from streamgen_distill.dmd import dmd_gradient, dmd_loss

@@ -8,7 +8,7 @@ from typing import Literal
 from streamgen.cache import POLICIES
 from streamgen.card import check_last_levels
 from streamgen.flow import step_sigmas
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen_distill.scores import ScoreLayout
 from streamgen_train.objectives import ar
 

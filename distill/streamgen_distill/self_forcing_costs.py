@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streamgen.cache import POLICIES
 from streamgen.costs import RECOMPUTED, TRAINED, Work, activation_bytes, cache_bytes
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen_distill.self_forcing_config import Config
 
 

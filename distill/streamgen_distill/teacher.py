@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from streamgen import flow
 from streamgen.costs import Work, parameters
 from streamgen.errors import UserError
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_train.checkpoint import load_into, run_folder
 from streamgen_train.objectives.ar import ArObjective
 from streamgen_train.objectives.ar import Config as ArConfig

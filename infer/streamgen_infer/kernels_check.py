@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from streamgen.attention import BACKENDS
-from streamgen.attention_choice import check
+from streamgen.attention_choice import check, usable
 from streamgen.errors import UserError
 from streamgen.ops import kernel_cases, kernels_problem
 
@@ -91,9 +91,8 @@ def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 
 def _check_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
     """The backends of `streamgen.attention` that can run here, without a mask, against `math` in float32."""
-    for name, backend in BACKENDS.items():
-        if not backend.problem(device, dtype):
-            yield Row(f"attention {name}", _name(dtype), *check(name, device, dtype))
+    for name in usable(device, dtype, BACKENDS):
+        yield Row(f"attention {name}", _name(dtype), *check(name, device, dtype))
 
 
 def _name(dtype: torch.dtype) -> str:

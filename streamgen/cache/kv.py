@@ -26,7 +26,7 @@ from streamgen.transfers import to_device
 
 if TYPE_CHECKING:
     from streamgen.geometry import VideoGeometry
-    from streamgen.transformer import TransformerConfig
+    from streamgen.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,8 @@ from streamgen.checkpoints.tensors import LazyTensors
 from streamgen.checkpoints.text_names import text_sizes, text_tensors
 from streamgen.errors import UserError
 from streamgen.resources import shipped_models
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen.umt5 import TOKENIZER_FILES, UMT5TextConfig, UMT5TextEncoder, weights_files
 from streamgen.weights import CONFIG_FILE, Unfilled, load_weights
 

@@ -15,7 +15,7 @@ from streamgen.card import SchedulerConfig
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.resources import configs_dir
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import build_config, nearest, user_errors
 
 BASE = {16: "wan", 48: "wan2_2_5b"}

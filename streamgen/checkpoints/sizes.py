@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamgen.errors import UserError
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import CONFIG_FILE, check_tensors, read_json, user_errors
 
 HEAD_DIM = 128

@@ -9,7 +9,8 @@ from streamgen.capture import Captures
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling, StreamState, rollout_block
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,8 @@ import torch
 from streamgen import attention, ops
 from streamgen.errors import UserError
 from streamgen.rope import apply_rope, rope_table
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_kernels import gate_residual, gelu, norm_modulate, norm_rope
 
 CONFIG = TransformerConfig(

@@ -8,7 +8,7 @@ import torch
 
 from streamgen.codecs.taehv import TaehvConfig
 from streamgen.geometry import VideoGeometry
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen_infer.bench import cuda as bench_cuda
 from streamgen_infer.bench import cuda_blocks as bench_cuda_blocks
 from streamgen_infer.bench.cuda_blocks import Bench, Setting

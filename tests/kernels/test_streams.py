@@ -15,7 +15,8 @@ from streamgen.cached_attention import Projected
 from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling, StreamState, rollout_block
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 
 CONFIG = TransformerConfig(
     dim=36, ffn_dim=40, num_heads=3, num_layers=2, in_channels=3, out_channels=3, text_dim=10, text_len=5, freq_dim=8

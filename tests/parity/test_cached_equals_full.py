@@ -13,7 +13,8 @@ from torch import Tensor
 from streamgen.attention import attend
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.rope import apply_rope, rope_table
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 from streamgen.visibility import block_causal_mask, teacher_forcing_mask
 
 CHANNELS, TEXT_LEN, TEXT_DIM = 4, 5, 12

@@ -17,7 +17,8 @@ from torch import Tensor
 from streamgen.cache import CacheSpec, KVCache
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling, StreamState, rollout_block
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from tests.slow_reference import Rules, SlowReference, random_weights
 
 ATOL = 2e-5

@@ -15,7 +15,8 @@ from streamgen.codecs.wan import WanCodec, WanCodecConfig
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import SchedulerConfig, StreamPipeline
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from tests.command_line import STAR
 
 

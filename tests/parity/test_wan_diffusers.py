@@ -12,7 +12,8 @@ from streamgen.checkpoints.detect import Network, original_names
 from streamgen.checkpoints.sizes import config_of, diffusers_settings
 from streamgen.checkpoints.tensors import in_memory
 from streamgen.rope import rope_table
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import load_weights
 from tests.tiny_wan import TEXT_DIM, TEXT_LEN, config, spread
 

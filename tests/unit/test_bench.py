@@ -17,7 +17,8 @@ from streamgen.costs import Attention, Product, pass_shapes
 from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_infer import machine
 from streamgen_infer.bench import cases, command
 from streamgen_infer.bench.bound import Bound, Convolution, decode_shapes, moved_values

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streamgen.errors import UserError
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen_infer import kernels_check, machine
 from streamgen_infer.bench import server as bench_server
 from streamgen_infer.bench import suites as bench_more

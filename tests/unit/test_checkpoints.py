@@ -20,7 +20,7 @@ from streamgen.checkpoints.names import to_diffusers, to_original, unwrapped
 from streamgen.checkpoints.sizes import expected_shapes, settings_beside
 from streamgen.checkpoints.tensors import in_memory, open_safetensors, save_safetensors, shards
 from streamgen.errors import UserError
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import INDEX_FILE, WEIGHTS_FILE, load_component, write_component
 from tests.tiny_wan import config, state, transformer
 

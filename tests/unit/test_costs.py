@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamgen.costs import Work, cache_bytes, parameters, work_flops
 from streamgen.resources import configs_dir
 from streamgen.rope import rope_table
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from tests.tiny_sprites import TRANSFORMER
 
 

@@ -17,7 +17,8 @@ from streamgen.codecs.taehv import TaehvCodec, TaehvConfig
 from streamgen.errors import UserError
 from streamgen.ops import Ops
 from streamgen.pipeline import StreamPipeline
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_infer import machine
 from streamgen_infer.cli import main
 from streamgen_infer.models import fit

@@ -16,7 +16,8 @@ from streamgen.linear import (
     linear_gelu,
     mkl_is_slow,
 )
-from streamgen.transformer import Block, Call, TransformerConfig
+from streamgen.transformer import Block, Call
+from streamgen.transformer_config import TransformerConfig
 
 CONFIG = TransformerConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=8, text_len=7

@@ -12,7 +12,7 @@ from streamgen.errors import UserError
 from streamgen.pipeline import SchedulerConfig
 from streamgen.resources import configs_dir
 from streamgen.rollout import Sampling
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import read_json
 from tests.tiny_wan import config
 

@@ -27,7 +27,8 @@ from streamgen.quantised_linear import (
     widened,
 )
 from streamgen.resources import model_path
-from streamgen.transformer import Block, Call, CausalWanModel, TransformerConfig
+from streamgen.transformer import Block, Call, CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_infer import stream_options
 from tests.command_line import STAR, one_line, stream_command
 from tests.tiny_model import save_tiny_model

@@ -12,7 +12,8 @@ from streamgen.geometry import VideoGeometry
 from streamgen.noise import cell_noise
 from streamgen.rollout import BlockRun, Cancelled, Sampling, StreamState, enter_block, rollout_block
 from streamgen.rope import apply_rope, rope_table
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 
 GEOMETRY = VideoGeometry(height=16, width=32, latent_channels=3, block_frames=2)
 GRID, HEADS, WIDTH, LAYERS = (1, 2), 2, 12, 2

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from streamgen.ops import Ops, select
 from streamgen.rope import apply_rope, rope_table
-from streamgen.transformer import CausalWanModel, TransformerConfig, sinusoid
+from streamgen.transformer import CausalWanModel, sinusoid
+from streamgen.transformer_config import TransformerConfig
 from streamgen.visibility import block_causal_mask, teacher_forcing_mask
 
 SMALL = {

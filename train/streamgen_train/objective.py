@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from streamgen.costs import Work
 from streamgen.errors import UserError
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 
 Modules = Mapping[str, nn.Module]
 MODEL = "model"

@@ -22,7 +22,8 @@ from streamgen.pipeline import DTYPES, SchedulerConfig, StreamPipeline
 from streamgen.resources import configs_dir, shipped_models
 from streamgen.rollout import Sampling
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import Unfilled, build_config
 from streamgen_infer import machine
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from streamgen import __version__
-from streamgen.attention import BACKENDS, attend
-from streamgen.attention_choice import STREAMED
+from streamgen.attention import attend
+from streamgen.attention_choice import usable
 from streamgen.capture import Captures
 from streamgen.clocks import Clock, clock_of
 from streamgen.codecs.taehv import TaehvCodec
@@ -165,8 +165,8 @@ def attention_ms(bench: Bench, wrong: set[str]) -> dict[str, float]:
     )
     return {
         name: device_ms(lambda name=name: attend(q, k, v, None, name), bench.device)  # type: ignore[misc]
-        for name in STREAMED
-        if f"attention {name}" not in wrong and not BACKENDS[name].problem(bench.device, bench.dtype)
+        for name in usable(bench.device, bench.dtype)
+        if f"attention {name}" not in wrong
     }
 
 

@@ -22,7 +22,8 @@ from streamgen.frames import Coming, FrameMaker
 from streamgen.geometry import VideoGeometry
 from streamgen.ops import Ops
 from streamgen.rollout import Sampling, StreamState, rollout_block
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import Unfilled
 from streamgen_infer.bench.cases import SHIFT, STEPS, read_config
 

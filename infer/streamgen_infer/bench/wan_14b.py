@@ -20,7 +20,8 @@ from streamgen.flow import step_sigmas
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import DTYPES
 from streamgen.rollout import Sampling
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen_infer import machine
 from streamgen_infer.bench.cases import SHIFT, STEPS, Case, random_transformer, read_config
 from streamgen_infer.bench.measure import measure

@@ -19,7 +19,7 @@ from streamgen.errors import UserError
 from streamgen.geometry import VideoGeometry
 from streamgen.pipeline import PARTS, SchedulerConfig
 from streamgen.resources import configs_dir, model_path
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.umt5 import UMT5TextConfig
 from streamgen.weights import WEIGHTS_FILE, build_config, read_json
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from streamgen.errors import UserError
 from streamgen.flow import step_sigmas, timestep_of
 from streamgen.pipeline import DTYPES, StreamPipeline
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import replacing, user_errors
 from streamgen_infer.models.fit import guard
 from streamgen_infer.models.recording import (

@@ -28,7 +28,8 @@ from streamgen.errors import UserError
 from streamgen.flow import Prediction
 from streamgen.geometry import VideoGeometry
 from streamgen.rollout import Sampling, StreamState, rollout_block
-from streamgen.transformer import CausalWanModel, TextContext, TransformerConfig
+from streamgen.transformer import CausalWanModel, TextContext
+from streamgen.transformer_config import TransformerConfig
 from streamgen.weights import build_config, replacing, user_errors
 
 CACHE_OF = {"absolute": "window", "relative": "relative"}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from streamgen import flow
 from streamgen.costs import Work, activation_bytes, trained_factor
-from streamgen.transformer import TransformerConfig
+from streamgen.transformer_config import TransformerConfig
 from streamgen.visibility import Layout
 from streamgen_train.clips import Kind
 from streamgen_train.objective import HeaviestPass, Turn

@@ -24,7 +24,8 @@ from streamgen.geometry import VideoGeometry
 from streamgen.kernel_choice import ops_for
 from streamgen.ops import select
 from streamgen.text import SpritesTextConfig, SpritesTextEncoder
-from streamgen.transformer import CausalWanModel, TransformerConfig
+from streamgen.transformer import CausalWanModel
+from streamgen.transformer_config import TransformerConfig
 from streamgen.visibility import Layout, check_window, frame_mask
 from streamgen.worlds import grammar, sprites
 from streamgen_train.checkpoint import fill, load_modules
